@@ -1,0 +1,159 @@
+"""One validated, frozen document: what `args:` of a `serve run` file says.
+
+Topology lives here (a change rebuilds the deployment). What may change in place is `Tunables`, the Ingress
+deployment's `user_config`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from backends import BACKENDS
+from backends.engine import Role
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Frozen):
+    name: str = Field(min_length=1)
+    """The name clients send."""
+    path: str
+    """Folder with config.json, tokenizer.json and, for a real engine, the weights; ~ is expanded."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path).expanduser()
+
+
+class ParallelismConfig(_Frozen):
+    """Widths of one worker. attn_tp * attn_dp == moe_ep * moe_tp; times pp = its GPUs (or CPU ranks)."""
+
+    attn_tp: PositiveInt = 1
+    attn_dp: PositiveInt = 1
+    moe_ep: PositiveInt = 1
+    moe_tp: PositiveInt | None = None
+    """Left out: attn_tp * attn_dp / moe_ep."""
+    pp: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> ParallelismConfig:
+        attention = self.attn_tp * self.attn_dp
+        if self.moe_tp is None and attention % self.moe_ep:
+            raise ValueError(
+                f"moe_ep={self.moe_ep} does not divide attn_tp*attn_dp={attention}; use a divisor, or {attention} for DEP"
+            )
+        if self.moe_tp is not None and attention != self.moe_ep * self.moe_tp:
+            raise ValueError(
+                f"attn_tp*attn_dp={attention} must equal moe_ep*moe_tp={self.moe_ep * self.moe_tp}; change one of them"
+            )
+        return self
+
+    @property
+    def moe_tp_size(self) -> int:
+        return self.moe_tp or self.attn_tp * self.attn_dp // self.moe_ep
+
+    @property
+    def num_ranks(self) -> int:
+        return self.attn_tp * self.attn_dp * self.pp
+
+
+class ResourcesConfig(_Frozen):
+    """What one node of one worker takes from Ray, besides its GPUs."""
+
+    cpus: PositiveFloat = 1.0
+    memory_gib: NonNegativeFloat = 0.0
+
+
+class RoleConfig(_Frozen):
+    replicas: PositiveInt = 1
+    nodes: PositiveInt = 1
+    """Nodes that one worker spans."""
+    parallelism: ParallelismConfig = ParallelismConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    env: dict[str, str] = {}
+    """Environment of the engine's processes."""
+    engine_args: dict[str, Any] = {}
+    """Passed to the engine under its own names."""
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> RoleConfig:
+        if self.parallelism.num_ranks % self.nodes:
+            raise ValueError(
+                f"nodes={self.nodes} does not divide the {self.parallelism.num_ranks} ranks of `parallelism`; "
+                "every node runs the same number of ranks"
+            )
+        return self
+
+
+class TransferConfig(_Frozen):
+    backend: Literal["nixl"] = "nixl"
+
+
+class RouterConfig(_Frozen):
+    policy: Literal["blocks", "round_robin"] = "blocks"
+    """`blocks`: fewest blocks to compute and to hold, by exact KV events. `round_robin`: ignores both."""
+    overlap_score_credit: NonNegativeFloat = 1.0
+    """How much of a cached prompt block counts as already computed."""
+    prefill_load_scale: NonNegativeFloat = 1.0
+    """Weight of prompt blocks to compute against blocks being held."""
+
+
+class LimitsConfig(_Frozen):
+    """Bounds, each of which answers instead of queueing without end."""
+
+    max_queued_requests: PositiveInt = 256
+    """Per worker, running and waiting; one more is refused with 429."""
+    max_body_bytes: PositiveInt = 8 * 1024 * 1024
+    request_timeout_s: PositiveFloat = 600.0
+    heartbeat_timeout_s: PositiveFloat = 5.0
+    """A worker silent for this long is treated as dead."""
+    max_retries: Annotated[int, Field(ge=0)] = 3
+    """How often one request may move to another pair of workers."""
+    drain_timeout_s: NonNegativeFloat = 30.0
+
+
+class DeploymentConfig(_Frozen):
+    """The whole deployment. Either `aggregated`, or `prefill` and `decode`."""
+
+    model: ModelConfig
+    backend: Literal["simulated", "vllm"]
+    accelerator: str = "cpu"
+    """`cpu`, or a GPU type as Ray labels it (H100, H200, B200, GB200, ...)."""
+    prefill: RoleConfig | None = None
+    decode: RoleConfig | None = None
+    aggregated: RoleConfig | None = None
+    transfer: TransferConfig = TransferConfig()
+    router: RouterConfig = RouterConfig()
+    limits: LimitsConfig = LimitsConfig()
+    events: Literal["zmq", "none"] = "zmq"
+    """How KV events reach the router; `none`: it routes by what it routed before."""
+    api_keys: tuple[str, ...] = ()
+    """Any of these must come as `Authorization: Bearer`; empty: open."""
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> DeploymentConfig:
+        split = self.prefill is not None and self.decode is not None
+        if self.aggregated is not None and (self.prefill is not None or self.decode is not None):
+            raise ValueError("give either `aggregated`, or `prefill` and `decode`, not both")
+        if self.aggregated is None and not split:
+            missing = "prefill" if self.decode is not None else "decode" if self.prefill is not None else None
+            raise ValueError(
+                f"`{missing}` is missing beside the other role"
+                if missing
+                else "no workers: give `aggregated`, or `prefill` and `decode`"
+            )
+        return self
+
+    @property
+    def roles(self) -> dict[Role, RoleConfig]:
+        """The roles that exist, in the order workers are started."""
+        given = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.AGGREGATED: self.aggregated}
+        return {role: config for role, config in given.items() if config is not None}
+
+
+assert set(BACKENDS) == {"simulated", "vllm"}, "config.DeploymentConfig.backend names every adapter"

@@ -1,0 +1,149 @@
+"""The data plane's frames: what an ingress and a worker say to each other over one TCP connection.
+
+A frame is a 4-byte big-endian length and one msgpack message. The connection opens with a mutual
+challenge-response over a shared secret (HMAC-SHA256); nothing is decoded beyond it from a peer that fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterator
+
+import msgspec
+
+from backends.engine import EngineInfo, GenerateRequest, RankLoad, Role, TokenChunk
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+MAX_HANDSHAKE_BYTES = 4096
+NONCE_BYTES = 32
+HEARTBEAT_INTERVAL_S = 1.0
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """A ready worker, as the ingresses need to know it."""
+
+    worker: str
+    epoch: int
+    """Grows with every incarnation; what an older one says is dropped."""
+    address: str
+    """host:port of its data-plane server."""
+    engine: EngineInfo
+
+    @property
+    def role(self) -> Role:
+        return self.engine.role
+
+
+class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
+    """Server -> client, first frame."""
+
+    version: int
+    nonce: bytes
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Client -> server: proves the secret over the server's nonce, and asks for the same."""
+
+    nonce: bytes
+    proof: bytes
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """Server -> client: the server's proof, and who it is."""
+
+    proof: bytes
+    info: WorkerInfo
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    request: GenerateRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_id: str
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    request_id: str
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """Everything one engine step made for this connection."""
+
+    chunks: list[TokenChunk]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A request that ended without a last chunk."""
+
+    request_id: str
+    message: str
+    retryable: bool
+    field: str | None = None
+    overloaded: bool = False
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Each second, whatever else happens."""
+
+    epoch: int
+    load: tuple[RankLoad, ...]
+    draining: bool = False
+
+
+ToWorker = Hello | Submit | Abort | Release
+ToIngress = Challenge | Welcome | Step | Failed | Heartbeat
+
+
+def proof(secret: bytes, side: bytes, nonce: bytes) -> bytes:
+    """HMAC over the side's name and the other side's nonce; the name keeps a proof from being mirrored."""
+    return hmac.digest(secret, side + nonce, hashlib.sha256)
+
+
+def check_proof(secret: bytes, side: bytes, nonce: bytes, given: bytes) -> bool:
+    return hmac.compare_digest(proof(secret, side, nonce), given)
+
+
+class FrameTooLarge(ValueError):
+    """A peer announced a frame beyond the limit; the connection is of no more use."""
+
+
+class FrameReader:
+    """Cuts a byte stream into frames; holds at most one incomplete frame."""
+
+    def __init__(self, max_frame_bytes: int = MAX_HANDSHAKE_BYTES) -> None:
+        self.max_frame_bytes = max_frame_bytes
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield every frame completed by `data`.
+
+        Raises:
+            FrameTooLarge: The next frame is larger than `max_frame_bytes`.
+        """
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        try:
+            while len(buffer) - start >= 4:
+                size = int.from_bytes(buffer[start : start + 4], "big")
+                if size > self.max_frame_bytes:
+                    raise FrameTooLarge(f"frame of {size} bytes; at most {self.max_frame_bytes} are taken")
+                end = start + 4 + size
+                if len(buffer) < end:
+                    return
+                frame = bytes(buffer[start + 4 : end])
+                start = end
+                yield frame
+        finally:
+            del buffer[:start]
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: ToWorker | ToIngress) -> bytes:
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "big") + body
