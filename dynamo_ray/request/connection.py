@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _decoder: msgspec.msgpack.Decoder[wire.ToIngress] = msgspec.msgpack.Decoder(wire.ToIngress)
 CONNECT_TIMEOUT_S = 5.0
+RECHECK_S = 0.05
 MAX_PENDING_TOKENS = 65_536
 """Tokens one client may leave unread before its request is given up."""
 
@@ -50,7 +51,19 @@ class TokenStream:
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        self.on_fail: Callable[[Exception], None] | None = None
+        """Told of a failure as well as the reader; for a leg that another one waits for."""
         self.finished = False
+
+    @property
+    def pending(self) -> bool:
+        """There are chunks that `next` has not returned yet."""
+        return bool(self._pending)
+
+    @property
+    def peeked(self) -> TokenChunk | None:
+        """The oldest chunk nobody has pulled yet."""
+        return self._pending[0] if self._pending else None
 
     async def next(self) -> TokenChunk:
         """Everything since the last pull as one chunk; waits until there is something.
@@ -89,6 +102,8 @@ class TokenStream:
         if self._error is None and not self.finished:
             self._error = error
             self._wake()
+            if self.on_fail is not None:
+                self.on_fail(error)
 
     def fail_at(self, deadline_s: float, error: Exception) -> None:
         """Fail when the loop's clock reaches `deadline_s`."""
@@ -146,6 +161,7 @@ class WorkerConnection(asyncio.Protocol):
         self._streams: dict[str, TokenStream] = {}
         self._ready: asyncio.Future[None] = self.loop.create_future()
         self._heard_s = self.loop.time()
+        self._suspect = False
         self._watchdog: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -271,6 +287,12 @@ class WorkerConnection(asyncio.Protocol):
     def _watch(self) -> None:
         """A worker that is stopped, not dead, keeps its sockets open: silence is the only sign."""
         silent_s = self.loop.time() - self._heard_s
+        if silent_s >= self._timeout_s and not self._suspect:
+            # We may have been the one that was stopped: read what has arrived meanwhile before judging.
+            self._suspect = True
+            self._watchdog = self.loop.call_later(RECHECK_S, self._watch)
+            return
+        self._suspect = False
         if silent_s >= self._timeout_s:
             log.error("%s has been silent for %.1f s: treating it as dead", self.info.worker, silent_s)
             self.close()

@@ -1,0 +1,47 @@
+"""The path of one request, whole: route, prefill, hand over, decode, and again elsewhere if a worker is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import msgspec
+
+from backends.engine import TokenChunk
+from dynamo_ray.request.attempt import Attempt
+from dynamo_ray.request.connection import LegFailed
+from dynamo_ray.request.decode import decode
+from dynamo_ray.request.openai import Generation
+from dynamo_ray.request.prefill import prefill
+from dynamo_ray.request.router import Router
+
+
+async def serve(request: Generation, router: Router, timeout_s: float, max_retries: int) -> AsyncGenerator[TokenChunk]:
+    """Yield the request's tokens, each once, whatever happens to the workers on the way.
+
+    Every exit (the last token, an error, a client that left and closes this generator) aborts both legs, frees
+    both sides' KV and the router's booking.
+
+    Raises:
+        RequestError: See the table in `dynamo_ray.errors`.
+    """
+    attempt = Attempt(request, asyncio.get_running_loop().time() + timeout_s)
+    while True:
+        try:
+            with router.place(attempt) as placement:
+                async with (
+                    prefill(placement, attempt) as transfer,
+                    aclosing(decode(placement, attempt, transfer)) as chunks,
+                ):
+                    async for chunk in chunks:
+                        if transfer is not None and chunk.cached_tokens is not None:
+                            # What prefill did not compute is what the client was spared.
+                            chunk = msgspec.structs.replace(chunk, cached_tokens=transfer.cached_tokens)
+                        fresh = attempt.deliver(chunk)
+                        if fresh is not None:
+                            yield fresh
+            return
+        except LegFailed as failure:
+            attempt = attempt.after(failure, max_retries)
+            router.retried(failure)

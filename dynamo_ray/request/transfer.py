@@ -1,0 +1,61 @@
+"""The hand-off of KV from a prefill leg to a decode leg, in both styles, and who frees what when."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from backends.engine import KVHandoff
+from dynamo_ray.request.connection import TokenStream, WorkerConnection
+from dynamo_ray.request.wire import WorkerInfo
+
+MAX_ROOM = 1 << 62
+
+
+@dataclass(slots=True)
+class Transfer:
+    """The KV of one prefill leg on its way to decode.
+
+    The prefill side frees it when decode has its copy; until `landed`, leaving the pipeline makes us say so.
+    """
+
+    handoff: KVHandoff
+    prefill: WorkerConnection
+    prefill_id: str
+    leg: TokenStream | None = None
+    """The prefill leg, while it may still be running beside decode (concurrent style)."""
+    cached_tokens: int = 0
+    has_landed: bool = field(default=False)
+
+    def feeds(self, decode_leg: TokenStream) -> None:
+        """Let the failure of a prefill leg that still runs fail the decode leg that waits for it."""
+        if self.leg is not None:
+            self.leg.on_fail = decode_leg.fail
+
+    def landed(self) -> None:
+        """Decode has produced a token, so it has its copy."""
+        if not self.has_landed:
+            self.has_landed = True
+            if self.leg is not None and self.leg.peeked is not None:
+                self.cached_tokens = self.leg.peeked.cached_tokens or 0
+
+    def settle(self) -> None:
+        """End the prefill side: abort it if it still runs, free what decode never fetched."""
+        if self.leg is not None:
+            self.leg.close()
+        if not self.has_landed:
+            self.prefill.release(self.prefill_id)
+
+
+def rendezvous(prefill: WorkerInfo, dp_rank: int) -> KVHandoff:
+    """What both legs of a concurrent hand-off are told.
+
+    room % attn_dp_size == dp_rank, because SGLang's prefill derives the rank that serves a room from it
+    (data_parallel_controller.py, follow_bootstrap_room, 0.5.16 and 0.5.23).
+    """
+    size = prefill.engine.attn_dp_size
+    room = random.randrange(MAX_ROOM // size) * size + dp_rank
+    address = prefill.engine.bootstrap_address
+    if address is None:
+        raise ValueError(f"{prefill.worker} hands over concurrently but has no bootstrap address")
+    return KVHandoff({"bootstrap_address": address, "bootstrap_room": room})
