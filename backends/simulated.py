@@ -123,6 +123,8 @@ class SimulatedEngine:
         self._running: list[list[_Sequence]] = []
         self._live: dict[str, _Sequence] = {}
         self._held: dict[str, tuple[int, Lease, asyncio.TimerHandle]] = {}
+        self._held_keys: dict[str, str] = {}
+        """Request id -> the fabric's key; they differ when a dispatcher chose the room."""
         self._publishers: list[KVEventPublisher] = []
         self._sequence_numbers: list[int] = []
         self._work = asyncio.Event()
@@ -146,7 +148,7 @@ class SimulatedEngine:
             self._publishers = [KVEventPublisher(spec.node_address) for _ in range(ranks)]
             self._sequence_numbers = [0] * ranks
         self._fabric = Fabric(spec.node_address, self._release_held, listen=spec.role is Role.PREFILL)
-        address = await self._fabric.start(in_process=not spec.ports)
+        address = await self._fabric.start()
         self._loop_task = asyncio.create_task(self._run(), name=f"simulated-{spec.worker}")
         return EngineInfo(
             backend="simulated",
@@ -185,6 +187,8 @@ class SimulatedEngine:
             if self._live.get(request.request_id) is sequence:
                 del self._live[request.request_id]
             self._drop(sequence)
+            if request.leg is Role.PREFILL and request.request_id not in self._held_keys and self._fabric is not None:
+                self._fabric.withdraw(self._fabric.key_of(request))
 
     async def abort(self, request_id: str) -> None:
         sequence = self._live.get(request_id)
@@ -193,7 +197,8 @@ class SimulatedEngine:
             sequence.out.put_nowait(TokenChunk(request_id, [], "abort"))
 
     async def release(self, request_id: str) -> None:
-        self._release_held(request_id)
+        if request_id in self._held_keys:
+            self._release_held(self._held_keys[request_id])
 
     def load(self) -> tuple[RankLoad, ...]:
         return tuple(
@@ -375,6 +380,7 @@ class SimulatedEngine:
         key = self._fabric.key_of(request)
         timer = asyncio.get_running_loop().call_later(self.args.lease_s, self._release_held, key)
         self._held[key] = (sequence.rank, sequence.lease, timer)
+        self._held_keys[request.request_id] = key
         sequence.lease = None
         handoff = self._fabric.offer(key, sequence.state, len(sequence.tokens))
         self._drop(sequence)
@@ -416,6 +422,7 @@ class SimulatedEngine:
     def _release_held(self, key: str) -> None:
         held = self._held.pop(key, None)
         if held is not None:
+            self._held_keys = {request_id: k for request_id, k in self._held_keys.items() if k != key}
             rank, lease, timer = held
             timer.cancel()
             self._ranks[rank].release(lease)

@@ -1,4 +1,4 @@
-"""How simulated engines hand KV over: a rendezvous at the prefill side, over TCP or within one process.
+"""How simulated engines hand KV over: a rendezvous at the prefill side.
 
 The prefill side offers a key with its state; the decode side asks for the key, waits until it is offered, and
 says when its copy has landed, upon which the prefill side frees its blocks. A prefill side that dies or does not
@@ -16,7 +16,6 @@ import msgspec
 
 from backends.engine import EngineError, GenerateRequest, KVHandoff, Role
 
-_IN_PROCESS: dict[str, Fabric] = {}
 _WAIT_S = 30.0
 
 
@@ -32,21 +31,14 @@ class Fabric:
         self._peers: set[asyncio.StreamWriter] = set()
         self.address: str | None = None
 
-    async def start(self, in_process: bool) -> str | None:
+    async def start(self) -> str | None:
         """Open the rendezvous of a prefill engine; returns its address."""
-        if not self._listen:
-            return None
-        if in_process:
-            self.address = f"in-process:{id(self)}"
-            _IN_PROCESS[self.address] = self
-        else:
+        if self._listen:
             self._server = await asyncio.start_server(self._serve, self._host, 0)
             self.address = f"{self._host}:{self._server.sockets[0].getsockname()[1]}"
         return self.address
 
     async def stop(self) -> None:
-        if self.address is not None:
-            _IN_PROCESS.pop(self.address, None)
         for future in self._offers.values():
             future.cancel()
         if self._server is not None:
@@ -83,23 +75,15 @@ class Fabric:
         early = "bootstrap_room" in handoff.params
         try:
             async with asyncio.timeout(_WAIT_S):
-                if address.startswith("in-process:"):
-                    return await _peer(address)._fetch(key, early)
                 return await _ask(address, {"await" if early else "pull": key})
-        except (OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise
+        except (OSError, EOFError, TimeoutError) as error:
             raise EngineError(f"the KV of {key} cannot be fetched from {address}: {error!r}") from error
 
     async def landed(self, handoff: KVHandoff) -> None:
         """Tell the prefill side to free; its own lease does so if it cannot be told."""
         address, key = _where(handoff)
-        if address in _IN_PROCESS:
-            _IN_PROCESS[address]._released(key)
-        elif not address.startswith("in-process:"):
-            with contextlib.suppress(OSError, EOFError):
-                await _ask(address, {"landed": key})
+        with contextlib.suppress(OSError, EOFError):
+            await _ask(address, {"landed": key})
 
     async def _fetch(self, key: str, early: bool) -> tuple[int, int]:
         """The offer of that key; `early` waits for one that is yet to come."""
@@ -141,13 +125,6 @@ def _where(handoff: KVHandoff) -> tuple[str, str]:
     if "bootstrap_room" in params:
         return params["bootstrap_address"], str(params["bootstrap_room"])
     return params["address"], params["key"]
-
-
-def _peer(address: str) -> Fabric:
-    try:
-        return _IN_PROCESS[address]
-    except KeyError:
-        raise ConnectionRefusedError(f"no prefill engine at {address}") from None
 
 
 async def _ask(address: str, message: dict[str, str]) -> tuple[int, int]:
