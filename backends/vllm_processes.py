@@ -1,0 +1,209 @@
+"""vLLM's processes: started so that they never outlive us, pinned to their cores, watched, and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import spawn
+from typing import Any, Protocol, TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+CORES_VARIABLE = "DYNAMO_RAY_ENGINE_CORES"
+"""The cores of every rank of the engine: `0,1;2,3` for two ranks of two."""
+
+PR_SET_PDEATHSIG = 1
+
+_launching = threading.Lock()
+"""Engines of one process start one after another: their environments differ, and a process has only one."""
+
+
+class Process(Protocol):
+    """What we need of multiprocessing's processes."""
+
+    name: str
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def sentinel(self) -> int: ...
+    @property
+    def exitcode(self) -> int | None: ...
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the *thread* that started it ends, however its process ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # It ended before the call above.
+        os._exit(1)
+
+
+def pin_to_cores(rank: int) -> None:
+    """Pin this thread, and the threads it will start, to the rank's cores."""
+    shares = [share for share in os.environ.get(CORES_VARIABLE, "").split(";") if share]
+    if shares:
+        os.sched_setaffinity(0, [int(core) for core in shares[rank].split(",")])
+
+
+def run_engine_core(*args: Any, dp_rank: int = 0, local_dp_rank: int = 0, **kwargs: Any) -> None:
+    """Main of an engine core's process, in place of EngineCoreProc.run_engine_core."""
+    die_with_parent()
+    pin_to_cores(local_dp_rank)
+    from vllm.v1.engine.core import EngineCoreProc
+
+    EngineCoreProc.run_engine_core(*args, dp_rank=dp_rank, local_dp_rank=local_dp_rank, **kwargs)
+
+
+def run_coordinator(*args: Any, **kwargs: Any) -> None:
+    """Main of the process that keeps data-parallel ranks in step, in place of DPCoordinatorProc.run_coordinator."""
+    die_with_parent()
+    from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+    DPCoordinatorProc.run_coordinator(*args, **kwargs)
+
+
+def launch_with_our_mains() -> None:
+    """Have vLLM start its processes with the two functions above; only in this process, not in those it starts."""
+    from vllm.v1.engine.coordinator import DPCoordinatorProc
+    from vllm.v1.engine.core import EngineCoreProc
+
+    EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+    DPCoordinatorProc.run_coordinator = staticmethod(run_coordinator)
+
+
+def preparation_without_main(prepare: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    """What a spawned process is told, but for our main module: it need not be importable a second time.
+
+    Under Ray that is Ray's worker script, whose import costs each engine process about 0.1 GiB and a second.
+    """
+    data = prepare(name)
+    return {key: data[key] for key in data if key not in ("init_main_from_name", "init_main_from_path")}
+
+
+@contextmanager
+def launch_environment(values: Mapping[str, str], defaults: Mapping[str, str]) -> Iterator[None]:
+    """Hold the process's environment at `values`, and at `defaults` where it says nothing, while an engine starts."""
+    with _launching:
+        before, prepare = dict(os.environ), spawn.get_preparation_data
+        spawn.get_preparation_data = partial(preparation_without_main, prepare)
+        os.environ.update({name: value for name, value in defaults.items() if name not in before})
+        os.environ.update(values)
+        try:
+            yield
+        finally:
+            spawn.get_preparation_data = prepare
+            os.environ.clear()
+            os.environ.update(before)
+
+
+class Launcher:
+    """One thread that starts an engine's processes and then lives as long as they may.
+
+    The kernel ties a child's PR_SET_PDEATHSIG to the thread that started it, so a borrowed thread would not do.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._finish = threading.Event()
+        self._name = name
+
+    async def run(self, start: Callable[[], T]) -> T:
+        """Call `start` in the thread and return what it returns; its exceptions are raised here."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+
+        def settle(set_result: Callable[[Any], None], value: Any) -> None:
+            if not result.done():
+                set_result(value)
+
+        def main() -> None:
+            try:
+                value = start()
+            except BaseException as error:  # noqa: BLE001 - it is raised where start was asked for
+                loop.call_soon_threadsafe(settle, result.set_exception, error)
+                return
+            loop.call_soon_threadsafe(settle, result.set_result, value)
+            self._finish.wait()
+
+        threading.Thread(target=main, name=self._name, daemon=True).start()
+        return await result
+
+    def finish(self) -> None:
+        self._finish.set()
+
+
+class DeathWatch:
+    """Completes `death` with a reason as soon as one of the processes ends; by their sentinels, within milliseconds."""
+
+    def __init__(self, processes: list[Process]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._processes = {process.sentinel: process for process in processes}
+        self.death: asyncio.Future[str] = self._loop.create_future()
+        for sentinel in self._processes:
+            self._loop.add_reader(sentinel, self._ended, sentinel)
+
+    def close(self) -> None:
+        for sentinel in self._processes:
+            self._loop.remove_reader(sentinel)
+        self._processes = {}
+
+    def _ended(self, sentinel: int) -> None:
+        process = self._processes.pop(sentinel)
+        self._loop.remove_reader(sentinel)
+        if not self.death.done():
+            self.death.set_result(f"{process.name} (pid {process.pid}) {exit_words(process.exitcode)}")
+
+
+def exit_words(code: int | None) -> str:
+    """An exit code for a person; None is a process that just ended and has not been waited for."""
+    if code is None:
+        return "ended"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address; None when none has."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return name
+    return None
+
+
+def consecutive_ports(ports: tuple[int, ...], count: int) -> int | None:
+    """The first of `count` consecutive ports among `ports`; None when there is no such run."""
+    given = set(ports)
+    return next((port for port in ports if all(port + i in given for i in range(count))), None)
+
+
+def free_consecutive_ports(address: str, count: int) -> int:
+    """The first of `count` consecutive ports that are free now, for an engine that was given none."""
+    for _ in range(100):
+        with socket.socket() as first:
+            first.bind((address, 0))
+            port: int = first.getsockname()[1]
+        if port + count <= 65536 and all(_is_free(address, port + i) for i in range(count)):
+            return port
+    raise OSError(f"no {count} consecutive free ports on {address}")
+
+
+def _is_free(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True

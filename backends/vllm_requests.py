@@ -1,0 +1,158 @@
+"""One request in vLLM's words, and what vLLM answers in ours; pure, vLLM is imported by whoever calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backends.engine import (
+    EngineError,
+    EngineInfo,
+    FinishReason,
+    GenerateRequest,
+    KVHandoff,
+    Role,
+    TokenChunk,
+    TokenLogprob,
+)
+
+PREFILL_PARAMS = {"do_remote_decode": True, "do_remote_prefill": False}
+"""kv_transfer_params that ask a prefill engine to hold the blocks and say where they are (vLLM's NIXL connector)."""
+
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSources:
+    """Where the KV of one request's prompt came from, in tokens."""
+
+    cached_tokens: int
+    transferred_tokens: int
+
+
+def check(request: GenerateRequest, info: EngineInfo, vocab_size: int) -> None:
+    """Refuse what this engine could never run.
+
+    Raises:
+        EngineError: Not retryable; names the field.
+    """
+    prompt, sampling = request.token_ids, request.sampling
+    if not prompt:
+        raise _refusal("the prompt is empty", "prompt")
+    if len(prompt) >= info.max_model_len:
+        raise _refusal(f"the prompt has {len(prompt)} tokens; at most {info.max_model_len - 1} fit", "prompt")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise _refusal(f"the prompt has token ids outside 0..{vocab_size - 1}", "prompt")
+    if request.dp_rank is not None and not 0 <= request.dp_rank < info.attn_dp_size:
+        raise _refusal(f"dp_rank {request.dp_rank} is not in 0..{info.attn_dp_size - 1}", "dp_rank")
+    if request.leg not in (Role.AGGREGATED, info.role):
+        raise _refusal(f"a {info.role} engine takes no {request.leg} leg", "leg")
+    if (request.leg is Role.DECODE) != (request.handoff is not None):
+        raise _refusal("a decode leg needs a handoff, and only it", "handoff")
+    if sampling.logprobs is not None and sampling.logprobs > info.max_logprobs:
+        raise _refusal(f"{sampling.logprobs} logprobs are asked for; at most {info.max_logprobs}", "logprobs")
+    if sampling.max_tokens < 1:
+        raise _refusal(f"max_tokens is {sampling.max_tokens}; at least 1", "max_tokens")
+
+
+def sampling_arguments(request: GenerateRequest) -> dict[str, Any]:
+    """The keyword arguments of vLLM's SamplingParams; the caller adds the output kind."""
+    if request.leg is Role.PREFILL:
+        # One token that nobody sees: a request that ends for any reason but its length hands nothing over.
+        return {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "detokenize": False,
+            "extra_args": {"kv_transfer_params": dict(PREFILL_PARAMS)},
+        }
+    sampling = request.sampling
+    arguments: dict[str, Any] = {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": sampling.seed,
+        "min_tokens": sampling.min_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        # The ingress has put EOS among the stop tokens where it ends an answer; what vLLM reads from
+        # the model's files would add to them.
+        "ignore_eos": True,
+        "logprobs": sampling.logprobs,
+        "detokenize": False,
+    }
+    if request.handoff is not None:
+        arguments["extra_args"] = {"kv_transfer_params": dict(request.handoff.params)}
+    return arguments
+
+
+def first_chunk_sources(request: GenerateRequest, sources: PromptSources | None) -> dict[str, int]:
+    """What a first chunk says about its prompt, as keyword arguments of TokenChunk."""
+    if sources is None:
+        return {}
+    if request.leg is Role.DECODE:
+        return {"cached_tokens": sources.cached_tokens, "transferred_tokens": sources.transferred_tokens}
+    return {"cached_tokens": sources.cached_tokens}
+
+
+def prefill_chunk(request: GenerateRequest, output: Any, sources: PromptSources | None) -> TokenChunk:
+    """The one chunk of a prefill leg, from vLLM's last RequestOutput.
+
+    Raises:
+        EngineError: vLLM finished without saying where the blocks are.
+    """
+    params = output.kv_transfer_params
+    if not params:
+        raise EngineError(f"prefill of {request.request_id} ended without a hand-off")
+    return TokenChunk(
+        request.request_id, [], "length", handoff=KVHandoff(dict(params)), **first_chunk_sources(request, sources)
+    )
+
+
+def chunk(request: GenerateRequest, completion: Any, first: bool, sources: PromptSources | None) -> TokenChunk:
+    """A chunk from the CompletionOutput of one step.
+
+    Raises:
+        EngineError: vLLM ended the request with an error; for a decode leg that is KV that did not arrive.
+    """
+    return TokenChunk(
+        request.request_id,
+        list(completion.token_ids),
+        finish_reason(request, completion.finish_reason),
+        logprobs=None
+        if request.sampling.logprobs is None
+        else token_logprobs(completion.token_ids, completion.logprobs or (), request.sampling.logprobs),
+        **(first_chunk_sources(request, sources) if first else {}),
+    )
+
+
+def finish_reason(request: GenerateRequest, reason: str | None) -> FinishReason | None:
+    if reason is None:
+        return None
+    if reason in FINISH_REASONS:
+        return FINISH_REASONS[reason]
+    what = "its KV did not arrive from the prefill side" if request.leg is Role.DECODE else "vLLM reports an error"
+    raise EngineError(f"request {request.request_id} failed: {what} ({reason})")
+
+
+def token_logprobs(
+    token_ids: Sequence[int], positions: Sequence[Mapping[int, Any]], num_top: int
+) -> list[TokenLogprob]:
+    """vLLM gives a dict a position: the chosen token, and the `num_top` most likely with their ranks from 1."""
+    result = []
+    for token_id, alternatives in zip(token_ids, positions, strict=True):
+        top = sorted(
+            ((entry.rank, other, entry.logprob) for other, entry in alternatives.items() if entry.rank <= num_top)
+        )
+        chosen = alternatives[token_id].logprob
+        result.append(TokenLogprob(token_id, chosen, [(other, logprob) for _, other, logprob in top]))
+    return result
+
+
+def _refusal(message: str, field: str) -> EngineError:
+    return EngineError(message, retryable=False, field=field)
