@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import msgspec
 
 
@@ -35,3 +37,144 @@ class KVEventBatch(msgspec.Struct, frozen=True):
     sequence: int
     dp_rank: int | None
     events: list[KVEvent]
+
+
+class KVEventDecodeError(ValueError):
+    """A publisher sent what its wire format does not allow."""
+
+
+Frames = Sequence[bytes]
+"""[topic, 8-byte big-endian sequence, msgpack payload]: the framing of vLLM's and SGLang's ZeroMQ publishers."""
+
+Decoder = Callable[[Frames], KVEventBatch]
+
+
+class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored"):
+    block_hashes: list[int | bytes]
+    parent_block_hash: int | bytes | None
+    token_ids: list[int]
+    block_size: int
+    medium: str | None = None
+    lora_name: str | None = None
+    cache_salt: str | None = None
+    extra_keys: list[tuple[msgspec.Raw, ...] | None] | None = None
+
+    def value(self) -> BlockStored:
+        return BlockStored(
+            self.block_hashes,
+            self.parent_block_hash,
+            self.token_ids,
+            self.block_size,
+            self.medium,
+            self.lora_name,
+            self.cache_salt or _salt_in(self.extra_keys),
+        )
+
+
+class _TaggedRemoved(msgspec.Struct, tag_field="type", tag="BlockRemoved"):
+    block_hashes: list[int | bytes]
+    medium: str | None = None
+
+    def value(self) -> BlockRemoved:
+        return BlockRemoved(self.block_hashes, self.medium)
+
+
+class _TaggedCleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared"):
+    def value(self) -> AllBlocksCleared:
+        return AllBlocksCleared()
+
+
+class _ArrayStored(msgspec.Struct, array_like=True, tag="BlockStored"):
+    block_hashes: list[int | bytes]
+    parent_block_hash: int | bytes | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None = None
+    medium: str | None = None
+
+    def value(self) -> BlockStored:
+        lora = None if self.lora_id is None else str(self.lora_id)
+        return BlockStored(
+            self.block_hashes, self.parent_block_hash, self.token_ids, self.block_size, self.medium, lora
+        )
+
+
+class _ArrayRemoved(msgspec.Struct, array_like=True, tag="BlockRemoved"):
+    block_hashes: list[int | bytes]
+    medium: str | None = None
+
+    def value(self) -> BlockRemoved:
+        return BlockRemoved(self.block_hashes, self.medium)
+
+
+class _ArrayCleared(msgspec.Struct, array_like=True, tag="AllBlocksCleared"):
+    def value(self) -> AllBlocksCleared:
+        return AllBlocksCleared()
+
+
+class _TaggedBatch(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[_TaggedStored | _TaggedRemoved | _TaggedCleared]
+    dp_rank: int | None = None
+
+
+class _ArrayBatch(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[_ArrayStored | _ArrayRemoved | _ArrayCleared]
+    dp_rank: int | None = None
+
+
+def _salt_in(extra_keys: list[tuple[msgspec.Raw, ...] | None] | None) -> str | None:
+    """vLLM 0.32 has no cache_salt field: a salted prompt's first block carries the salt as its one extra string."""
+    for keys in extra_keys or ():
+        for key in keys or ():
+            try:
+                return msgspec.msgpack.decode(key, type=str)
+            except msgspec.ValidationError:
+                continue
+    return None
+
+
+_BATCHES: dict[str, type[_TaggedBatch] | type[_ArrayBatch]] = {
+    "vllm-0.32": _TaggedBatch,
+    "sglang-0.5.16": _ArrayBatch,
+    "sglang-0.5.23": _TaggedBatch,
+    "simulated-1": _TaggedBatch,
+}
+
+
+def decoder(wire_format: str) -> Decoder:
+    """The decoder of an engine's wire format; it raises KVEventDecodeError for anything else than a batch.
+
+    Raises:
+        ValueError: The format is unknown; names those known.
+    """
+    if wire_format not in _BATCHES:
+        raise ValueError(f"unknown KV event format {wire_format!r}; there are {', '.join(_BATCHES)}")
+    batches = msgspec.msgpack.Decoder(_BATCHES[wire_format])
+
+    def decode(frames: Frames) -> KVEventBatch:
+        if len(frames) != 3 or len(frames[1]) != 8:
+            raise KVEventDecodeError(f"not [topic, sequence, payload]: {len(frames)} frames")
+        try:
+            batch = batches.decode(frames[2])
+            events: list[KVEvent] = [event.value() for event in batch.events]
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise KVEventDecodeError(f"not a {wire_format} batch: {error}") from error
+        return KVEventBatch(int.from_bytes(frames[1], "big"), batch.dp_rank, events)
+
+    return decode
+
+
+def encode(batch: KVEventBatch) -> list[bytes]:
+    """Frames of the `simulated-1` format, which is vLLM's."""
+    events: list[_TaggedStored | _TaggedRemoved | _TaggedCleared] = []
+    for event in batch.events:
+        if isinstance(event, BlockStored):
+            events.append(_TaggedStored(**msgspec.structs.asdict(event)))
+        elif isinstance(event, BlockRemoved):
+            events.append(_TaggedRemoved(event.block_hashes, event.medium))
+        else:
+            events.append(_TaggedCleared())
+    payload = msgspec.msgpack.encode(_TaggedBatch(0.0, events, batch.dp_rank))
+    return [b"", batch.sequence.to_bytes(8, "big"), payload]

@@ -233,7 +233,7 @@ class SimulatedEngine:
             timer.cancel()
         self._held.clear()
         for publisher in self._publishers:
-            publisher.close()
+            await publisher.close()
         self._publishers = []
         if self._fabric is not None:
             await self._fabric.stop()
@@ -264,7 +264,9 @@ class SimulatedEngine:
         if request.request_id in self._live:
             raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
         greedy = request.sampling.temperature == 0.0
-        seed = None if greedy else request.sampling.seed if request.sampling.seed is not None else random.getrandbits(31)
+        seed = (
+            None if greedy else request.sampling.seed if request.sampling.seed is not None else random.getrandbits(31)
+        )
         rank = request.dp_rank
         if rank is None:
             rank = self._next_rank

@@ -45,7 +45,7 @@ class ParallelismConfig(_Frozen):
         attention = self.attn_tp * self.attn_dp
         if self.moe_tp is None and attention % self.moe_ep:
             raise ValueError(
-                f"moe_ep={self.moe_ep} does not divide attn_tp*attn_dp={attention}; use a divisor, or {attention} for DEP"
+                f"moe_ep={self.moe_ep} does not divide attn_tp*attn_dp={attention}; use a divisor ({attention} is DEP)"
             )
         if self.moe_tp is not None and attention != self.moe_ep * self.moe_tp:
             raise ValueError(

@@ -209,7 +209,7 @@ class _Peer(asyncio.Protocol):
                     self._push(chunk)
         except EngineError as error:
             self._fail(request.request_id, error.message, retryable=error.retryable, field=error.field)
-        except Exception as error:  # noqa: BLE001 - the border: an engine may raise anything, its client gets an answer
+        except Exception as error:
             log.exception("request %s failed inside the engine", request.request_id)
             self._fail(request.request_id, f"the engine failed: {error!r}", retryable=True)
 

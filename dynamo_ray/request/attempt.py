@@ -10,7 +10,7 @@ import msgspec
 from backends.engine import GenerateRequest, KVHandoff, Role, Sampling, TokenChunk
 from dynamo_ray.errors import DeadlineExceeded, InternalError, InvalidRequest, RequestError, WorkerLost
 from dynamo_ray.request.connection import LegFailed
-from dynamo_ray.request.openai import Generation
+from dynamo_ray.request.generation import Generation
 
 
 @dataclass(slots=True)

@@ -24,10 +24,12 @@ async def decode(placement: Placement, attempt: Attempt, transfer: Transfer | No
     if transfer is not None:
         transfer.feeds(leg)
     try:
+        chunk = await leg.next()
+        placement.first_token()
+        if transfer is not None:
+            transfer.landed()
+        yield chunk
         while not leg.finished or leg.pending:
-            chunk = await leg.next()
-            if transfer is not None:
-                transfer.landed()
-            yield chunk
+            yield await leg.next()
     finally:
         leg.close()

@@ -12,7 +12,7 @@ from backends.engine import TokenChunk
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed
 from dynamo_ray.request.decode import decode
-from dynamo_ray.request.openai import Generation
+from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.prefill import prefill
 from dynamo_ray.request.router import Router
 
@@ -26,7 +26,8 @@ async def serve(request: Generation, router: Router, timeout_s: float, max_retri
     Raises:
         RequestError: See the table in `dynamo_ray.errors`.
     """
-    attempt = Attempt(request, asyncio.get_running_loop().time() + timeout_s)
+    limit_s = timeout_s if request.timeout_s is None else min(timeout_s, request.timeout_s)
+    attempt = Attempt(request, asyncio.get_running_loop().time() + limit_s)
     while True:
         try:
             with router.place(attempt) as placement:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from backends.engine import RankLoad, Role
 from dynamo_ray.request.connection import WorkerConnection
@@ -67,9 +68,7 @@ class Workers:
         """Hold one connection for as long as the worker is a member."""
         while True:
             lost = asyncio.Event()
-            connection = WorkerConnection(
-                info, secret, self._timeout_s, self._heard, lambda gone, lost=lost: self._lost(gone, lost)
-            )
+            connection = WorkerConnection(info, secret, self._timeout_s, self._heard, partial(self._lost, lost))
             try:
                 await connection.connect()
                 if connection.alive:
@@ -86,7 +85,7 @@ class Workers:
     def _heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...], draining: bool) -> None:
         self._on_load(info, loads)
 
-    def _lost(self, connection: WorkerConnection, lost: asyncio.Event) -> None:
+    def _lost(self, lost: asyncio.Event, connection: WorkerConnection) -> None:
         if self._live.get(connection.info.worker) is connection:
             del self._live[connection.info.worker]
             self._on_down(connection.info)

@@ -81,7 +81,9 @@ class _Socket:
 class _Server:
     """What `create_server` returns: as much of asyncio.Server as servers use."""
 
-    def __init__(self, loop: VirtualTimeLoop, address: tuple[str, int], factory: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(
+        self, loop: VirtualTimeLoop, address: tuple[str, int], factory: Callable[[], asyncio.Protocol]
+    ) -> None:
         self._loop, self._address = loop, address
         self.factory = factory
         self.sockets = [_Socket(address)]
@@ -96,10 +98,10 @@ class _Server:
 class MemoryTransport(asyncio.Transport):
     """One end of a connection in memory; closing either end closes both, as a killed process does."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, protocol: Any) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.BaseProtocol) -> None:
         super().__init__()
         self._loop = loop
-        self.protocol = protocol
+        self.protocol: Any = protocol
         self.peer: MemoryTransport | None = None
         self._closing = False
 
@@ -120,7 +122,8 @@ class MemoryTransport(asyncio.Transport):
         self.protocol = protocol
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        return self.protocol
+        protocol: asyncio.BaseProtocol = self.protocol
+        return protocol
 
     def pause_reading(self) -> None:
         pass

@@ -1,6 +1,6 @@
-"""A small SSE load client: N streams at once, plain sockets, prints one JSON line. Cheap enough not to be the bottleneck.
+"""A small SSE load client: N streams at once, plain sockets, one JSON line out.
 
-    python tests/bench/sse_load.py --url http://127.0.0.1:8000 --streams 64 --tokens 200
+python tests/bench/sse_load.py --url http://127.0.0.1:8000 --streams 64 --tokens 200
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from backends.kv_events import BlockRemoved, BlockStored
-from backends.simulated_cache import BlockPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from backends.kv_events import BlockRemoved, BlockStored
+from backends.simulated_cache import BlockPool
 
 
 def test_a_second_request_shares_the_full_blocks_of_the_first() -> None:

@@ -1,0 +1,60 @@
+"""Publishes KV events over ZeroMQ with a replay buffer, by the protocol of vLLM 0.32 (distributed/kv_events.py).
+
+PUB sends [topic, sequence, payload]. The replay ROUTER takes ["", start sequence] from a REQ or DEALER peer and
+answers with every buffered batch from there on, then with sequence -1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+
+import zmq
+import zmq.asyncio
+
+from backends.kv_events import KVEventBatch, encode
+
+END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+
+
+class KVEventPublisher:
+    """One rank's publisher, on the running loop. Ports are free ones on `host`."""
+
+    def __init__(self, host: str, buffer_batches: int = 10_000) -> None:
+        self._context = zmq.asyncio.Context()
+        self._pub = self._context.socket(zmq.PUB)
+        self._replay = self._context.socket(zmq.ROUTER)
+        self.endpoint = _bind(self._pub, host)
+        self.replay_endpoint = _bind(self._replay, host)
+        self._buffer: deque[list[bytes]] = deque(maxlen=buffer_batches)
+        self._task = asyncio.create_task(self._serve_replay(), name="kv-replay")
+
+    def publish(self, batch: KVEventBatch) -> None:
+        """Send and keep for replay; never blocks: a subscriber that is too slow finds a gap."""
+        frames = encode(batch)
+        self._buffer.append(frames)
+        with contextlib.suppress(zmq.Again):
+            zmq.Socket.shadow(self._pub).send_multipart(frames, zmq.NOBLOCK)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._context.destroy(linger=0)
+
+    async def _serve_replay(self) -> None:
+        while True:
+            frames = await self._replay.recv_multipart()
+            if len(frames) != 3 or len(frames[2]) != 8:
+                continue
+            peer, _, start = frames
+            for batch in list(self._buffer):
+                if batch[1] >= start:
+                    await self._replay.send_multipart([peer, b"", *batch])
+            await self._replay.send_multipart([peer, b"", b"", END_OF_REPLAY, b""])
+
+
+def _bind(socket: zmq.asyncio.Socket, host: str) -> str:
+    port = socket.bind_to_random_port(f"tcp://{host}")
+    return f"tcp://{host}:{port}"

@@ -1,0 +1,118 @@
+"""What the HTTP front asks for tokens: the pipeline over the live workers, kept current by the control path."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+from backends.engine import EngineInfo, RankLoad, Role, TokenChunk
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.errors import NotReady
+from dynamo_ray.events.zmq import KVEventSubscriber
+from dynamo_ray.request.generation import Generation
+from dynamo_ray.request.membership import Membership, Phase
+from dynamo_ray.request.pipeline import serve
+from dynamo_ray.request.router import Router
+from dynamo_ray.request.wire import WorkerInfo
+from dynamo_ray.request.workers import Workers
+
+log = logging.getLogger(__name__)
+
+WATCH_RETRY_S = 1.0
+
+
+class Dispatch:
+    """The data path of one ingress process.
+
+    `watch(version)` returns the membership as soon as it differs from `version`, or the same one after a while.
+    An orchestrator that does not answer changes nothing: the workers known last go on serving.
+    """
+
+    def __init__(self, config: DeploymentConfig, watch: Callable[[int], Awaitable[Membership]]) -> None:
+        self.config = config
+        self.membership: Membership | None = None
+        self._watch = watch
+        self._follower: asyncio.Task[None] | None = None
+        self.workers = Workers(config.limits.heartbeat_timeout_s, self._up, self._down, self._heard)
+        self.router = Router(config, self.workers)
+        self.events = KVEventSubscriber(self.router.apply, self.router.uncertain)
+
+    async def start(self) -> None:
+        self._follower = asyncio.create_task(self._follow(), name="membership")
+
+    async def close(self) -> None:
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
+        await self.workers.close()
+        await self.events.close()
+
+    def check_health(self) -> None:
+        """Raises RuntimeError when this replica can no longer learn who serves."""
+        if self._follower is None or self._follower.done():
+            raise RuntimeError("the membership follower has ended")
+
+    @property
+    def model_name(self) -> str:
+        return self.config.model.name
+
+    @property
+    def max_model_len(self) -> int:
+        """The smallest of all workers', in tokens.
+
+        Raises:
+            NotReady: No worker is there yet to say.
+        """
+        return min(info.max_model_len for info in self._engines())
+
+    @property
+    def max_logprobs(self) -> int:
+        return min(info.max_logprobs for info in self._engines())
+
+    def ready(self) -> str | None:
+        """None when every role has a worker; else what is missing, for a person."""
+        missing = [role for role in self.config.roles if not self.workers.of_role(role)]
+        if not missing:
+            return None
+        return "; ".join(self._explain(role) for role in missing)
+
+    def generate(self, request: Generation) -> AsyncGenerator[TokenChunk]:
+        limits = self.config.limits
+        return serve(request, self.router, limits.request_timeout_s, limits.max_retries)
+
+    def _engines(self) -> list[EngineInfo]:
+        engines = [c.info.engine for role in self.config.roles for c in self.workers.of_role(role)]
+        if not engines:
+            raise NotReady(self.ready() or "no worker is ready", retry_after_s=5.0)
+        return engines
+
+    def _explain(self, role: Role) -> str:
+        statuses = () if self.membership is None else self.membership.statuses
+        phases = [f"{s.worker} is {s.phase}: {s.detail}" for s in statuses if s.role is role and s.phase != Phase.READY]
+        return f"no {role} worker is ready ({', '.join(phases) or 'none has been started yet'})"
+
+    async def _follow(self) -> None:
+        version = -1
+        while True:
+            try:
+                membership = await self._watch(version)
+            except Exception as error:  # noqa: BLE001 - whatever the control path does, the data path goes on
+                log.warning("the orchestrator does not answer: %s", error)
+                await asyncio.sleep(WATCH_RETRY_S)
+                continue
+            version = membership.version
+            self.membership = membership
+            self.workers.reconcile(membership)
+
+    def _up(self, info: WorkerInfo) -> None:
+        self.router.up(info)
+        if self.config.events == "zmq":
+            self.events.subscribe(info.worker, info.epoch, info.engine.kv_event_sources)
+
+    def _down(self, info: WorkerInfo) -> None:
+        self.events.unsubscribe(info.worker, info.epoch)
+        self.router.down(info)
+
+    def _heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
+        self.router.heard(info, loads)

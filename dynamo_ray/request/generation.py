@@ -1,0 +1,19 @@
+"""One answer to generate: what the HTTP front asks the pipeline for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backends.engine import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A tokenised prompt and how to continue it; one choice of one client request."""
+
+    request_id: str
+    token_ids: list[int]
+    sampling: Sampling
+    cache_salt: str | None = None
+    timeout_s: float | None = None
+    """None: the deployment's limit."""

@@ -1,0 +1,54 @@
+"""The Serve deployment that clients talk to: an ASGI app around the data path of this process."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.request.dispatch import Dispatch
+from dynamo_ray.request.http import Front
+from dynamo_ray.request.membership import Membership
+
+log = logging.getLogger(__name__)
+
+MAX_ONGOING_REQUESTS = 100_000
+"""Serve's own limit is kept out of the way: what is too much is decided by what the workers can take."""
+
+
+class Ingress:
+    """One replica: routes in process, holds a connection to every worker. Restarting it touches no worker."""
+
+    async def __init__(self, config: dict[str, Any], orchestrator: DeploymentHandle) -> None:
+        self._config = DeploymentConfig.model_validate(config)
+
+        async def watch(version: int) -> Membership:
+            membership: Membership = await orchestrator.watch.remote(version)
+            return membership
+
+        self._dispatch = Dispatch(self._config, watch)
+        await self._dispatch.start()
+
+    async def __serve_build_asgi_app__(self) -> Front:
+        return Front(self._dispatch, self._config)
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica that no longer hears from the control path's side of this process."""
+        self._dispatch.check_health()
+
+    async def __del__(self) -> None:
+        await self._dispatch.close()
+
+
+def application(config: DeploymentConfig, orchestrator: serve.Application) -> serve.Application:
+    """The ingress bound to its orchestrator; replicas are set in the file's `deployments:`."""
+    deployment = serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return deployment.bind(config.model_dump(mode="json"), orchestrator)

@@ -1,0 +1,165 @@
+"""Chooses the workers and ranks of a request, and keeps count of what it gave to whom."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from backends.engine import RankLoad, Role
+from backends.kv_events import KVEventBatch
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.errors import NotReady, Overloaded
+from dynamo_ray.request.attempt import Attempt
+from dynamo_ray.request.connection import LegFailed, WorkerConnection
+from dynamo_ray.request.wire import WorkerInfo
+from dynamo_ray.request.workers import Workers
+from dynamo_ray.routing.block_hash import block_hashes, chain_seed
+from dynamo_ray.routing.cost import Candidate, Decision, Leg, decide
+from dynamo_ray.routing.kv_index import Holder, KVIndex
+from dynamo_ray.routing.load import Booking, LoadTable
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A rank of a live worker."""
+
+    connection: WorkerConnection
+    dp_rank: int
+
+    @property
+    def worker(self) -> str:
+        return self.connection.info.worker
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where one attempt runs; booked until `Router.place` is left."""
+
+    prefill: Target | None
+    decode: Target
+    _table: LoadTable
+    _bookings: list[Booking]
+
+    def prefill_done(self) -> None:
+        """The prefill rank is free of this prompt, though its KV may still wait there."""
+        if self.prefill is not None:
+            self._table.free(self._bookings[0])
+
+    def first_token(self) -> None:
+        """Nothing of the prompt is left to compute."""
+        for booking in self._bookings:
+            self._table.prefilled(booking)
+
+
+class _PromptHashes:
+    """The block hashes of one attempt's prompt, computed once for both roles."""
+
+    def __init__(self, attempt: Attempt, model: str) -> None:
+        self._token_ids = attempt.token_ids
+        self._seed = chain_seed(model, cache_salt=attempt.request.cache_salt)
+        self._by_size: dict[int, list[int]] = {}
+
+    def of(self, block_size: int) -> list[int]:
+        if block_size not in self._by_size:
+            self._by_size[block_size] = block_hashes(self._token_ids, block_size, self._seed)
+        return self._by_size[block_size]
+
+
+class Router:
+    """Decides in process, on the index and load of this ingress; see `dynamo_ray.routing` for how."""
+
+    def __init__(self, config: DeploymentConfig, workers: Workers) -> None:
+        self._config = config
+        self._workers = workers
+        self._turns: Counter[Role] = Counter()
+        self.index = KVIndex(config.model.name)
+        self.table = LoadTable()
+        self.num_retries = 0
+
+    def up(self, info: WorkerInfo) -> None:
+        for holder in _holders(info):
+            self.index.add_holder(holder)
+            self.table.add_holder(holder)
+
+    def down(self, info: WorkerInfo) -> None:
+        for holder in _holders(info):
+            self.index.remove_holder(holder)
+            self.table.remove_holder(holder)
+
+    def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
+        for load in loads:
+            self.table.report(Holder(info.worker, info.epoch, load.dp_rank), load)
+
+    def apply(self, holder: Holder, batch: KVEventBatch) -> None:
+        self.index.apply(holder, batch)
+
+    def uncertain(self, holder: Holder) -> None:
+        self.index.clear_holder(holder)
+
+    def retried(self, failure: LegFailed) -> None:
+        self.num_retries += 1
+        log.warning("a request moves to other workers: %s", failure)
+
+    @contextmanager
+    def place(self, attempt: Attempt) -> Iterator[Placement]:
+        """Choose and book; leaving frees the bookings.
+
+        Raises:
+            NotReady: A role has no live worker.
+            Overloaded: Every worker of a role refused this request for lack of room.
+        """
+        bookings: list[Booking] = []
+        hashes = _PromptHashes(attempt, self._config.model.name)
+        try:
+            prefill = None
+            if self._config.aggregated is None:
+                prefill = self._choose(Role.PREFILL, attempt, hashes, bookings)
+            role = Role.AGGREGATED if prefill is None else Role.DECODE
+            decode = self._choose(role, attempt, hashes, bookings)
+            yield Placement(prefill, decode, self.table, bookings)
+        finally:
+            for booking in bookings:
+                self.table.free(booking)
+
+    def _choose(self, role: Role, attempt: Attempt, hashes: _PromptHashes, bookings: list[Booking]) -> Target:
+        connections = {c.info.worker: c for c in self._eligible(role, attempt)}
+        block_size = next(iter(connections.values())).info.engine.block_size
+        overlap = self.index.overlap(hashes.of(block_size))
+        candidates = [
+            Candidate(holder, overlap.get(holder, 0), self.table.load(holder))
+            for connection in connections.values()
+            for holder in _holders(connection.info)
+        ]
+        leg = Leg(-(-len(attempt.token_ids) // block_size), computes_prompt=role is not Role.DECODE)
+        decision = decide(leg, candidates, self._turns[role], self._config.router)
+        self._turns[role] += 1
+        bookings.append(self._book(decision, leg))
+        chosen = decision.chosen.holder
+        return Target(connections[chosen.worker], chosen.dp_rank)
+
+    def _book(self, decision: Decision, leg: Leg) -> Booking:
+        to_compute = leg.prompt_blocks - decision.chosen.overlap_blocks if leg.computes_prompt else 0
+        return self.table.book(decision.chosen.holder, max(0, to_compute), leg.prompt_blocks)
+
+    def _eligible(self, role: Role, attempt: Attempt) -> list[WorkerConnection]:
+        """Live workers, without those that failed this request while there are others."""
+        live = self._workers.of_role(role)
+        if not live:
+            raise NotReady(f"no {role} worker is ready", retry_after_s=RETRY_AFTER_S)
+        fresh = [c for c in live if c.info.worker not in attempt.excluded]
+        if fresh:
+            return fresh
+        if all(attempt.excluded[c.info.worker].overloaded for c in live):
+            raise Overloaded(f"every {role} worker is full", retry_after_s=RETRY_AFTER_S)
+        return live
+
+
+def _holders(info: WorkerInfo) -> list[Holder]:
+    return [Holder(info.worker, info.epoch, rank) for rank in range(info.engine.attn_dp_size)]

@@ -1,0 +1,320 @@
+"""The whole data path over simulated engines in virtual time: both hand-off styles, and every way a part can fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from backends.engine import LaunchSpec, Role, Sampling, TokenChunk
+from backends.simulated import SimulatedEngine
+from dynamo_ray.cluster.worker import WorkerServer
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.errors import DeadlineExceeded, InvalidRequest, NotReady, Overloaded, WorkerLost
+from dynamo_ray.request.dispatch import Dispatch
+from dynamo_ray.request.generation import Generation
+from dynamo_ray.request.membership import Membership
+from dynamo_ray.request.wire import WorkerInfo
+from dynamo_ray.simulator import clock
+
+SECRET = b"k" * 32
+PROMPT = list(range(100))
+
+
+@dataclass
+class Node:
+    """One simulated worker: what a node actor holds."""
+
+    engine: SimulatedEngine
+    server: WorkerServer
+    info: WorkerInfo
+
+    async def kill(self) -> None:
+        self.engine.kill("SIGKILL")
+        await self.server.stop()
+        await self.engine.stop()
+
+
+class Cluster:
+    """Workers and one ingress's dispatch on them."""
+
+    def __init__(self, config: DeploymentConfig) -> None:
+        self.config = config
+        self.nodes: dict[str, Node] = {}
+        self._version = 0
+        self._changed = asyncio.Event()
+        self.dispatch = Dispatch(config, self._watch)
+
+    async def start(self, worker: str, role: Role, **options: Any) -> None:
+        max_queued = options.pop("max_queued_requests", 256)
+        attn_dp = options.pop("attn_dp", 1)
+        spec = LaunchSpec(worker, role, "m", "", attn_dp=attn_dp, kv_events=False, engine_args=options)
+        engine = SimulatedEngine(spec)
+        info = await engine.start()
+        server = WorkerServer(
+            engine, worker=worker, epoch=1, secret=SECRET, host="127.0.0.1", max_queued_requests=max_queued
+        )
+        self.nodes[worker] = Node(engine, server, await server.start(info))
+
+    def announce(self) -> None:
+        self._version += 1
+        self._changed.set()
+
+    async def _watch(self, version: int) -> Membership:
+        while version == self._version:
+            self._changed.clear()
+            await self._changed.wait()
+        return Membership(self._version, SECRET, tuple(node.info for node in self.nodes.values()), ())
+
+    def held_blocks(self) -> int:
+        return sum(load.kv_used_blocks for node in self.nodes.values() for load in node.engine.load())
+
+    async def settle(self) -> None:
+        """A few steps, after which nothing that should be free is held."""
+        await asyncio.sleep(0.1)
+        assert self.held_blocks() == 0
+        assert self.dispatch.router.table.num_bookings == 0
+        assert all(node.server.num_requests == 0 for node in self.nodes.values())
+
+
+@asynccontextmanager
+async def cluster(prefill: int = 1, decode: int = 1, **options: Any) -> AsyncIterator[Cluster]:
+    policy = options.pop("policy", "blocks")
+    roles: dict[str, Any] = {"prefill": {"replicas": prefill}, "decode": {"replicas": decode}}
+    if not prefill:
+        roles = {"aggregated": {"replicas": decode}}
+    config = DeploymentConfig.model_validate(
+        {
+            "model": {"name": "m", "path": "/"},
+            "backend": "simulated",
+            "router": {"policy": policy},
+            "limits": {"max_retries": 2},
+            **roles,
+        }
+    )
+    made = Cluster(config)
+    for index in range(prefill):
+        await made.start(f"prefill-{index}", Role.PREFILL, **options)
+    for index in range(decode):
+        await made.start(f"decode-{index}", Role.DECODE if prefill else Role.AGGREGATED, **options)
+    made.announce()
+    await made.dispatch.start()
+    while made.dispatch.ready() is not None:
+        await asyncio.sleep(0.01)
+    try:
+        yield made
+    finally:
+        await made.dispatch.close()
+        for node in made.nodes.values():
+            await node.server.stop()
+            await node.engine.stop()
+
+
+def generation(request_id: str = "r", tokens: list[int] | None = None, **sampling: Any) -> Generation:
+    options = {"max_tokens": 20, "temperature": 0.0, **sampling}
+    return Generation(request_id, PROMPT if tokens is None else tokens, Sampling(**options))
+
+
+async def collect(made: Cluster, request: Generation) -> list[int]:
+    tokens: list[int] = []
+    async with aclosing(made.dispatch.generate(request)) as chunks:
+        async for chunk in chunks:
+            tokens += chunk.token_ids
+    return tokens
+
+
+@pytest.fixture(params=["sequential", "concurrent"])
+def style(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def aggregated_tokens(**sampling: Any) -> list[int]:
+    async with cluster(prefill=0) as made:
+        return await collect(made, generation(**sampling))
+
+
+def test_disaggregated_tokens_equal_aggregated_ones(style: str) -> None:
+    async def main() -> None:
+        expected = await aggregated_tokens()
+        async with cluster(handoff=style) as made:
+            assert await collect(made, generation()) == expected
+            prefill, decode = made.nodes["prefill-0"].engine, made.nodes["decode-0"].engine
+            assert prefill.computed_tokens == len(PROMPT)
+            assert decode.computed_tokens == 0
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_the_first_chunk_says_what_was_cached_and_what_was_transferred(style: str) -> None:
+    async def main() -> None:
+        async with cluster(handoff=style) as made:
+            for cached in (0, 96):
+                async with aclosing(made.dispatch.generate(generation())) as chunks:
+                    first = await anext(aiter(chunks))
+                assert first.cached_tokens == cached
+                assert first.transferred_tokens == len(PROMPT)
+                await made.settle()
+
+    clock.run(main())
+
+
+def test_a_client_that_leaves_frees_both_sides(style: str) -> None:
+    async def main() -> None:
+        async with cluster(handoff=style, transfer_tokens_per_s=200.0) as made:
+            chunks = made.dispatch.generate(generation(max_tokens=10_000, tokens=list(range(50))))
+            await anext(aiter(chunks))
+            assert made.held_blocks() > 0
+            await chunks.aclose()
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("leave_after_s", [0.0001, 0.0105, 0.02, 0.1, 0.3, 0.6])
+def test_leaving_at_any_moment_before_the_first_token_frees_everything(style: str, leave_after_s: float) -> None:
+    async def main() -> None:
+        async with cluster(handoff=style, transfer_tokens_per_s=200.0, prefill_tokens_per_s=500.0) as made:
+            task = asyncio.create_task(collect(made, generation()))
+            await asyncio.sleep(leave_after_s)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.sleep(1.0)  # a decode that was still copying notices when the copy is there
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "seeded"])
+def test_a_decode_worker_that_dies_mid_stream_costs_no_token(style: str, sampling: dict[str, Any]) -> None:
+    async def main() -> None:
+        expected = await aggregated_tokens(max_tokens=40, **sampling)
+        async with cluster(prefill=2, decode=2, handoff=style) as made:
+            tokens: list[int] = []
+            async with aclosing(made.dispatch.generate(generation(max_tokens=40, **sampling))) as chunks:
+                async for chunk in chunks:
+                    tokens += chunk.token_ids
+                    if len(tokens) == 10:
+                        victim = next(n for n in made.nodes.values() if n.info.role == "decode" and n.engine._live)
+                        await victim.kill()
+            assert tokens == expected
+            assert made.dispatch.router.num_retries == 1
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_prefill_worker_that_dies_costs_no_request(style: str) -> None:
+    async def main() -> None:
+        expected = await aggregated_tokens()
+        async with cluster(prefill=2, decode=1, handoff=style, prefill_tokens_per_s=500.0) as made:
+            task = asyncio.create_task(collect(made, generation()))
+            await asyncio.sleep(0.1)
+            victim = next(n for n in made.nodes.values() if n.info.role == "prefill" and n.engine._live)
+            await victim.kill()
+            assert await task == expected
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_penalised_unseeded_request_is_not_replayed_but_told_so() -> None:
+    async def main() -> None:
+        async with cluster(decode=2) as made:
+            request = generation(temperature=1.0, frequency_penalty=0.5, max_tokens=100)
+            with pytest.raises(WorkerLost, match="cannot be replayed"):
+                async with aclosing(made.dispatch.generate(request)) as chunks:
+                    await anext(aiter(chunks))
+                    victim = next(n for n in made.nodes.values() if n.info.role == "decode" and n.engine._live)
+                    await victim.kill()
+                    async for _ in chunks:
+                        pass
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_worker_that_never_comes_back_ends_in_a_clear_error() -> None:
+    async def main() -> None:
+        async with cluster() as made:
+            chunks = made.dispatch.generate(generation(max_tokens=1000))
+            await anext(aiter(chunks))
+            await made.nodes["decode-0"].kill()
+            with pytest.raises(NotReady, match="no decode worker is ready"):
+                async for _ in chunks:
+                    pass
+            assert made.dispatch.ready() is not None
+
+    clock.run(main())
+
+
+def test_full_workers_are_answered_with_overloaded_after_the_others_were_asked() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=2, max_queued_requests=1) as made:
+            held = [made.dispatch.generate(generation(f"r{i}", max_tokens=1000)) for i in range(2)]
+            for chunks in held:
+                await anext(aiter(chunks))
+            assert sorted(n.server.num_requests for n in made.nodes.values()) == [1, 1]
+            with pytest.raises(Overloaded) as overloaded:
+                await collect(made, generation("r3"))
+            assert overloaded.value.retry_after_s is not None
+            for chunks in held:
+                await chunks.aclose()
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_the_deadline_ends_a_request_and_frees_it(style: str) -> None:
+    async def main() -> None:
+        async with cluster(handoff=style) as made:
+            request = Generation("r", PROMPT, Sampling(10_000, temperature=0.0), timeout_s=0.5)
+            with pytest.raises(DeadlineExceeded):
+                await collect(made, request)
+            assert asyncio.get_running_loop().time() < 1.0
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_what_the_engine_refuses_names_the_field(style: str) -> None:
+    async def main() -> None:
+        async with cluster(handoff=style, max_model_len=64) as made:
+            with pytest.raises(InvalidRequest) as refused:
+                await collect(made, generation())
+            assert refused.value.field == "prompt"
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_is_pinned_through_the_room_of_a_concurrent_hand_off(rank: int) -> None:
+    async def main() -> None:
+        async with cluster(handoff="concurrent", attn_dp=4, policy="round_robin") as made:
+            for turn in range(rank + 1):
+                await collect(made, generation(f"r{turn}", tokens=[turn] * 40))
+            pools = made.nodes["prefill-0"].engine._ranks
+            assert [bool(pool.cached_blocks([rank] * 40, None)) for pool in pools].index(True) == rank
+
+    clock.run(main())
+
+
+def test_a_slow_reader_gets_the_same_tokens_in_fewer_chunks() -> None:
+    async def main() -> None:
+        expected = await aggregated_tokens(max_tokens=50)
+        async with cluster() as made:
+            got: list[TokenChunk] = []
+            async with aclosing(made.dispatch.generate(generation(max_tokens=50))) as chunks:
+                async for chunk in chunks:
+                    got.append(chunk)
+                    await asyncio.sleep(0.2)
+            assert [t for chunk in got for t in chunk.token_ids] == expected
+            assert len(got) < 10
+
+    clock.run(main())
