@@ -7,12 +7,14 @@ where a rank is one device, and with more than one rank a coordinator that keeps
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
+import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from backends import vllm_args, vllm_requests
@@ -30,6 +32,7 @@ from backends.engine import (
 from backends.vllm_cpu_fixes import installed_version
 from backends.vllm_processes import (
     CORES_VARIABLE,
+    FAILURE_FILE,
     DeathWatch,
     Launcher,
     consecutive_ports,
@@ -45,7 +48,10 @@ log = logging.getLogger(__name__)
 
 TESTED_VERSION = "0.32.0"
 WIRE_FORMAT = "vllm-0.32"
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 3.0
+"""After this an engine core is killed; its own teardown takes 2 s, and then it idles for 3 more."""
+OWNED_VARIABLES = ("VLLM_NIXL", "VLLM_HOST_IP", "VLLM_RPC", "VLLM_CPU_OMP", "OMP_NUM_THREADS")
+"""Environment variables that differ from engine to engine, whatever the process's environment says."""
 MAX_REMEMBERED_HANDOFFS = 65_536
 """Prefill legs whose vLLM id is kept for `release`; an older one's lease has long ended."""
 
@@ -65,24 +71,25 @@ class VLLMEngine:
         self._held: OrderedDict[str, str] = OrderedDict()
         self._watch: DeathWatch | None = None
         self._launcher = Launcher(f"vllm-{spec.worker}")
-        self._stopping = False
+        self._socket_folder = ""
 
     async def start(self) -> EngineInfo:
         if self.spec.role is not Role.AGGREGATED and self.spec.node_rank != 0:
             raise EngineStartError("nodes: a vLLM worker runs on one node")
         on_cpu = _on_cpu()
         args = vllm_args.engine_args(self.spec, on_cpu)
-        values, defaults = self._environment(on_cpu)
+        self._socket_folder = tempfile.mkdtemp(prefix="vllm-")
         try:
-            self._llm = await self._launcher.run(lambda: self._launch(args, values, defaults))
-        except EngineStartError:
-            self._launcher.finish()
-            raise
+            values, defaults = self._environment(on_cpu)
+            self._llm = await self._launcher.run(
+                lambda: self._launch(args, values, defaults), lambda llm: llm.shutdown(STOP_TIMEOUT_S)
+            )
         except BaseException as error:
-            self._launcher.finish()
-            if not isinstance(error, Exception):
+            cause = _cause(error, self._socket_folder)
+            await self.stop()
+            if isinstance(error, EngineStartError) or not isinstance(error, Exception):
                 raise
-            raise EngineStartError(f"vLLM did not start: {error}") from error
+            raise EngineStartError(f"vLLM did not start: {cause}") from error
         self._watch = DeathWatch(self._processes())
         self.info = self._describe()
         return self.info
@@ -122,17 +129,18 @@ class VLLMEngine:
         return await asyncio.shield(self._watch.death)
 
     async def stop(self) -> None:
-        self._stopping = True
         if self._watch is not None:
             self._watch.close()
         llm, self._llm = self._llm, None
         if llm is not None:
-            output_handler = llm.output_handler
+            if llm.output_handler is not None:  # Else it reports the end of its engine as an error.
+                llm.output_handler.cancel()
+                await asyncio.gather(llm.output_handler, return_exceptions=True)
             await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S)
-            if output_handler is not None:
-                with contextlib.suppress(asyncio.CancelledError):
-                    await output_handler
+            llm.shutdown = _already_shut_down
         self._launcher.finish()
+        if self._socket_folder:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
 
     def _environment(self, on_cpu: bool) -> tuple[dict[str, str], dict[str, str]]:
         """What must be so, and what is so unless the process's environment says otherwise."""
@@ -142,10 +150,8 @@ class VLLMEngine:
             raise EngineStartError(f"ports: no {spec.attn_dp} consecutive ones among {spec.ports}")
         if port is None:
             port = free_consecutive_ports(spec.node_address, spec.attn_dp)
-        values = vllm_args.environment(spec, on_cpu, port, interface_of(spec.node_address))
-        owned = {
-            name: values[name] for name in values if name.startswith(("VLLM_NIXL", "VLLM_HOST", "VLLM_CPU", "OMP_"))
-        }
+        values = vllm_args.environment(spec, on_cpu, self._socket_folder, port, interface_of(spec.node_address))
+        owned = {name: values[name] for name in values if name.startswith(OWNED_VARIABLES)}
         ranks = spec.attn_dp if spec.attn_tp * spec.pp == 1 else 0
         shares = [vllm_args.cores_of_rank(spec.cores, ranks, rank) for rank in range(ranks)]
         owned[CORES_VARIABLE] = ";".join(",".join(map(str, share)) for share in shares if share)
@@ -165,6 +171,8 @@ class VLLMEngine:
                 log.warning("vLLM %s is installed; tested is %s", installed_version(), TESTED_VERSION)
             vllm_args.check_known(self.spec.engine_args, {f.name for f in dataclasses.fields(AsyncEngineArgs)})
             launch_with_our_mains()
+            if self._launcher.cancelled:
+                raise EngineStartError("the start was given up")
             config = AsyncEngineArgs(**args).create_engine_config()
             self._recorders = [RankRecorder(rank, self.counters) for rank in range(self.spec.attn_dp)]
             llm = AsyncLLM.from_vllm_config(
@@ -251,15 +259,13 @@ class VLLMEngine:
                 request.request_id,
                 data_parallel_rank=request.dp_rank,
             )
-            first = True
             async with aclosing(outputs):
                 async for output in outputs:
-                    sources = self._sources.get(request.request_id)
+                    sources = self._sources.pop(request.request_id, None)
                     if request.leg is Role.PREFILL:
                         yield self._hand_over(request, output, sources)
                         return
-                    yield vllm_requests.chunk(request, output.outputs[0], first, sources)
-                    first = False
+                    yield vllm_requests.chunk(request, output.outputs[0], sources)
         except VLLMClientError as error:
             field = getattr(error, "parameter", None)
             raise EngineError(f"vLLM refused the request: {error}", retryable=False, field=field) from error
@@ -277,6 +283,16 @@ class VLLMEngine:
         if len(self._held) > MAX_REMEMBERED_HANDOFFS:
             self._held.popitem(last=False)
         return chunk
+
+
+def _already_shut_down(timeout: float | None = None) -> None:
+    """In place of AsyncLLM.shutdown, which its finalizer calls again, at interpreter exit with a traceback."""
+
+
+def _cause(error: BaseException, folder: str) -> str:
+    """What an engine core said before it ended, else the front end's own error."""
+    failure = Path(folder, FAILURE_FILE)
+    return failure.read_text() if failure.exists() else str(error)
 
 
 def _on_cpu() -> bool:

@@ -97,10 +97,13 @@ def check_known(args: Mapping[str, Any], known: Collection[str]) -> None:
             raise EngineStartError(f"engine_args.{key}: unknown to this version of vLLM{hint}")
 
 
-def environment(spec: LaunchSpec, on_cpu: bool, side_channel_port: int, interface: str | None) -> dict[str, str]:
+def environment(
+    spec: LaunchSpec, on_cpu: bool, socket_folder: str, side_channel_port: int, interface: str | None
+) -> dict[str, str]:
     """The environment of the engine's processes, for this engine alone.
 
     Args:
+        socket_folder: where vLLM puts the Unix sockets between its processes; it never removes them.
         side_channel_port: rank r of a prefill or decode engine listens for NIXL handshakes on this plus r.
         interface: the network interface of `spec.node_address`, where it is known.
     """
@@ -109,6 +112,7 @@ def environment(spec: LaunchSpec, on_cpu: bool, side_channel_port: int, interfac
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_HOST_IP": spec.node_address,
+        "VLLM_RPC_BASE_PATH": socket_folder,
         # Prefill and decode then publish the same hash for the same block.
         "PYTHONHASHSEED": "0",
     }
@@ -169,17 +173,22 @@ def _events() -> dict[str, Any]:
 
 def _cpu_environment(spec: LaunchSpec, interface: str | None) -> dict[str, str]:
     ranks = spec.attn_tp * spec.attn_dp * spec.pp
-    shares = [cores_of_rank(spec.cores, ranks, rank) for rank in range(ranks)]
+    shares = [",".join(map(str, cores_of_rank(spec.cores, ranks, rank))) for rank in range(ranks)]
     values = {
         "VLLM_TARGET_DEVICE": "cpu",
         # For the executor of several ranks, which starts a process each; the other one we bind ourselves.
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in shares) if spec.cores else "nobind",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in shares)
+        if spec.cores
+        else "nobind",
         # GNU OpenMP spins while it waits: more threads than cores of its own make a step several times slower.
         "OMP_NUM_THREADS": str(max(1, len(spec.cores) // ranks)),
         "UCX_TLS": "tcp,sm,self",
         # Two arenas instead of eight a core: about 0.1 GiB less in each of the engine's processes.
         "MALLOC_ARENA_MAX": "2",
     }
+    if spec.engine_args.get("enforce_eager", CPU_DEFAULTS["enforce_eager"]):
+        # vLLM compiles its logprobs even then: 20 s in the first request that asks for them, and a C++ compiler.
+        values["TORCH_COMPILE_DISABLE"] = "1"
     if interface is not None:
         values |= {"UCX_NET_DEVICES": interface, "GLOO_SOCKET_IFNAME": interface}
     return values

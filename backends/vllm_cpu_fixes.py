@@ -93,7 +93,7 @@ def all_gatherv(
     import torch
 
     if isinstance(input_, list):
-        return [all_gatherv(communicator, tensor, dim, sizes) for tensor in input_]  # type: ignore[misc]
+        return [all_gatherv(communicator, tensor, dim, sizes) for tensor in input_]
     assert dim == 0, "the MoE layers gather along tokens"
     if sizes is None:
         sizes = [input_.shape[0]] * communicator.world_size

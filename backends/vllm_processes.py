@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import spawn
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
@@ -26,6 +27,11 @@ PR_SET_PDEATHSIG = 1
 
 _launching = threading.Lock()
 """Engines of one process start one after another: their environments differ, and a process has only one."""
+
+_older_children: list[multiprocessing.process.BaseProcess] = []
+"""Our child processes from before the launch that holds the lock, or held it last."""
+
+FAILURE_FILE = "failure"
 
 
 class Process(Protocol):
@@ -64,7 +70,12 @@ def run_engine_core(*args: Any, dp_rank: int = 0, local_dp_rank: int = 0, **kwar
     pin_to_cores(local_dp_rank)
     from vllm.v1.engine.core import EngineCoreProc
 
-    EngineCoreProc.run_engine_core(*args, dp_rank=dp_rank, local_dp_rank=local_dp_rank, **kwargs)
+    try:
+        EngineCoreProc.run_engine_core(*args, dp_rank=dp_rank, local_dp_rank=local_dp_rank, **kwargs)
+    except Exception as error:
+        # vLLM tells its front end only that something failed.
+        Path(os.environ["VLLM_RPC_BASE_PATH"], FAILURE_FILE).write_text(f"{type(error).__name__}: {error}")
+        raise
 
 
 def run_coordinator(*args: Any, **kwargs: Any) -> None:
@@ -93,11 +104,20 @@ def preparation_without_main(prepare: Callable[[str], dict[str, Any]], name: str
     return {key: data[key] for key in data if key not in ("init_main_from_name", "init_main_from_path")}
 
 
+def kill_children_of_this_launch() -> None:
+    """Kill what a launch that failed or was given up has started; engines that started before stay."""
+    for child in multiprocessing.active_children():
+        if child not in _older_children:
+            child.kill()
+            child.join()
+
+
 @contextmanager
 def launch_environment(values: Mapping[str, str], defaults: Mapping[str, str]) -> Iterator[None]:
     """Hold the process's environment at `values`, and at `defaults` where it says nothing, while an engine starts."""
     with _launching:
         before, prepare = dict(os.environ), spawn.get_preparation_data
+        _older_children[:] = multiprocessing.active_children()
         spawn.get_preparation_data = partial(preparation_without_main, prepare)
         os.environ.update({name: value for name, value in defaults.items() if name not in before})
         os.environ.update(values)
@@ -116,29 +136,42 @@ class Launcher:
     """
 
     def __init__(self, name: str) -> None:
+        self.cancelled = False
         self._finish = threading.Event()
         self._name = name
 
-    async def run(self, start: Callable[[], T]) -> T:
-        """Call `start` in the thread and return what it returns; its exceptions are raised here."""
+    async def run(self, start: Callable[[], T], undo: Callable[[T], None]) -> T:
+        """Call `start` in the thread and return what it returns; its exceptions are raised here.
+
+        If this is cancelled, what `start` had started is killed or, where it was complete, undone.
+        """
         loop = asyncio.get_running_loop()
         result: asyncio.Future[T] = loop.create_future()
-
-        def settle(set_result: Callable[[Any], None], value: Any) -> None:
-            if not result.done():
-                set_result(value)
 
         def main() -> None:
             try:
                 value = start()
             except BaseException as error:  # noqa: BLE001 - it is raised where start was asked for
-                loop.call_soon_threadsafe(settle, result.set_exception, error)
+                loop.call_soon_threadsafe(result.set_exception, error)
                 return
-            loop.call_soon_threadsafe(settle, result.set_result, value)
+            loop.call_soon_threadsafe(result.set_result, value)
+            del value
             self._finish.wait()
 
         threading.Thread(target=main, name=self._name, daemon=True).start()
-        return await result
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            while not result.done():
+                kill_children_of_this_launch()
+                await asyncio.sleep(0.05)
+            if result.exception() is None:
+                await asyncio.to_thread(undo, result.result())
+            raise
+        except Exception:
+            kill_children_of_this_launch()
+            raise
 
     def finish(self) -> None:
         self._finish.set()

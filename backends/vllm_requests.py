@@ -91,15 +91,6 @@ def sampling_arguments(request: GenerateRequest) -> dict[str, Any]:
     return arguments
 
 
-def first_chunk_sources(request: GenerateRequest, sources: PromptSources | None) -> dict[str, int]:
-    """What a first chunk says about its prompt, as keyword arguments of TokenChunk."""
-    if sources is None:
-        return {}
-    if request.leg is Role.DECODE:
-        return {"cached_tokens": sources.cached_tokens, "transferred_tokens": sources.transferred_tokens}
-    return {"cached_tokens": sources.cached_tokens}
-
-
 def prefill_chunk(request: GenerateRequest, output: Any, sources: PromptSources | None) -> TokenChunk:
     """The one chunk of a prefill leg, from vLLM's last RequestOutput.
 
@@ -109,13 +100,12 @@ def prefill_chunk(request: GenerateRequest, output: Any, sources: PromptSources 
     params = output.kv_transfer_params
     if not params:
         raise EngineError(f"prefill of {request.request_id} ended without a hand-off")
-    return TokenChunk(
-        request.request_id, [], "length", handoff=KVHandoff(dict(params)), **first_chunk_sources(request, sources)
-    )
+    cached = None if sources is None else sources.cached_tokens
+    return TokenChunk(request.request_id, [], "length", cached_tokens=cached, handoff=KVHandoff(dict(params)))
 
 
-def chunk(request: GenerateRequest, completion: Any, first: bool, sources: PromptSources | None) -> TokenChunk:
-    """A chunk from the CompletionOutput of one step.
+def chunk(request: GenerateRequest, completion: Any, sources: PromptSources | None) -> TokenChunk:
+    """A chunk from the CompletionOutput of one step; `sources` are for the first one.
 
     Raises:
         EngineError: vLLM ended the request with an error; for a decode leg that is KV that did not arrive.
@@ -127,7 +117,8 @@ def chunk(request: GenerateRequest, completion: Any, first: bool, sources: Promp
         logprobs=None
         if request.sampling.logprobs is None
         else token_logprobs(completion.token_ids, completion.logprobs or (), request.sampling.logprobs),
-        **(first_chunk_sources(request, sources) if first else {}),
+        cached_tokens=None if sources is None else sources.cached_tokens,
+        transferred_tokens=None if sources is None or request.leg is not Role.DECODE else sources.transferred_tokens,
     )
 
 

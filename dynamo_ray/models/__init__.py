@@ -82,7 +82,7 @@ def is_complete(target: Path, version: int) -> bool:
         sizes = {name: (target / name).stat().st_size for name in manifest["file_bytes"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return manifest.get("version") == version and sizes == manifest["file_bytes"]
+    return bool(manifest.get("version") == version and sizes == manifest["file_bytes"])
 
 
 def _build(known: KnownModel, target: Path) -> None:
