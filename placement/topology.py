@@ -1,0 +1,121 @@
+"""What a cluster has: nodes with what is free on them, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NODE_ID_LABEL = "ray.io/node-id"
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+ACCELERATOR_RESOURCE = "accelerator_type:"
+NO_ACCELERATOR = "cpu"
+"""The accelerator of workers that compute on CPU cores."""
+
+_EPSILON = 1e-6
+"""Ray counts resources in 1e-4; sums of fractions differ in the last float bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """An amount of what Ray hands out. Fractions of a CPU are allowed."""
+
+    cpus: float = 0.0
+    gpus: int = 0
+    memory_bytes: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.gpus} GPU{'s' if self.gpus != 1 else ''}"] if self.gpus else []
+        parts.append(f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}")
+        if self.memory_bytes:
+            parts.append(f"{self.memory_bytes / 2**30:.1f} GiB")
+        return ", ".join(parts)
+
+    def __add__(self, other: Resources) -> Resources:
+        return Resources(self.cpus + other.cpus, self.gpus + other.gpus, self.memory_bytes + other.memory_bytes)
+
+    def __sub__(self, other: Resources) -> Resources:
+        return Resources(self.cpus - other.cpus, self.gpus - other.gpus, self.memory_bytes - other.memory_bytes)
+
+    def fits_in(self, free: Resources) -> bool:
+        return self.cpus <= free.cpus + _EPSILON and self.gpus <= free.gpus and self.memory_bytes <= free.memory_bytes
+
+    def at_most(self, other: Resources) -> Resources:
+        """The smaller of the two in every dimension."""
+        return Resources(
+            min(self.cpus, other.cpus), min(self.gpus, other.gpus), min(self.memory_bytes, other.memory_bytes)
+        )
+
+    def as_ray(self) -> dict[str, float]:
+        """Ray's resource dictionary, without what is zero."""
+        named = {"CPU": self.cpus, "GPU": float(self.gpus), "memory": float(self.memory_bytes)}
+        return {name: amount for name, amount in named.items() if amount}
+
+    @staticmethod
+    def from_ray(amounts: Mapping[str, float]) -> Resources:
+        return Resources(
+            amounts.get("CPU", 0.0), int(amounts.get("GPU", 0.0) + _EPSILON), int(amounts.get("memory", 0.0))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One machine, and what is free on it now."""
+
+    node_id: str
+    address: str
+    free: Resources
+    total: Resources
+    accelerator: str = NO_ACCELERATOR
+    labels: Mapping[str, str] = field(default_factory=dict)
+    busy_cores: tuple[int, ...] = ()
+    """Core numbers that engines already compute on, once per engine rank."""
+
+    @property
+    def num_cores(self) -> int:
+        """Cores are numbered 0..num_cores-1; their owner maps them to those its process may use."""
+        return max(1, int(self.total.cpus + _EPSILON))
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The nodes of a cluster, ordered by address and id so that equal clusters plan equally."""
+
+    nodes: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.nodes, key=lambda node: (node.address, node.node_id)))
+        object.__setattr__(self, "nodes", ordered)
+
+    @staticmethod
+    def from_ray(
+        nodes: Iterable[Mapping[str, Any]],
+        free: Mapping[str, Resources] | None = None,
+        busy_cores: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Topology:
+        """Read `ray.nodes()`; nodes that are dead are left out.
+
+        Args:
+            nodes: as `ray.nodes()` returns them.
+            free: by node id; a node that is missing counts as wholly free.
+            busy_cores: by node id.
+        """
+        return Topology(tuple(_node(raw, free or {}, busy_cores or {}) for raw in nodes if raw["Alive"]))
+
+
+def _node(raw: Mapping[str, Any], free: Mapping[str, Resources], busy: Mapping[str, tuple[int, ...]]) -> Node:
+    node_id, resources, labels = raw["NodeID"], raw["Resources"], raw.get("Labels") or {}
+    total = Resources.from_ray(resources)
+    by_resource = (
+        name.removeprefix(ACCELERATOR_RESOURCE) for name in resources if name.startswith(ACCELERATOR_RESOURCE)
+    )
+    accelerator = labels.get(ACCELERATOR_LABEL) or next(by_resource, NO_ACCELERATOR)
+    return Node(
+        node_id=node_id,
+        address=raw["NodeManagerAddress"],
+        free=free.get(node_id, total).at_most(total),
+        total=total,
+        accelerator=accelerator,
+        labels=dict(labels),
+        busy_cores=busy.get(node_id, ()),
+    )
