@@ -158,6 +158,8 @@ class LaunchSpec:
     """The address other nodes reach this one at; every socket binds here."""
     leader_address: str = "127.0.0.1"
     """node_address of node_rank 0."""
+    leader_ports: tuple[int, ...] = ()
+    """`ports` of node_rank 0, for what the other nodes connect to."""
     ports: tuple[int, ...] = ()
     """Free ports on this node that belong to this worker alone; an adapter takes them in order."""
     cores: tuple[int, ...] = ()

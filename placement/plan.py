@@ -126,18 +126,26 @@ def plan(topology: Topology, groups: Sequence[WorkerGroup]) -> Plan:
     wanted = [(group, worker) for group in groups for worker in group.workers]
     placed: dict[str, WorkerPlacement] = {}
     for group, worker in sorted(wanted, key=lambda item: (-item[0].needs.gpus, -item[0].nodes)):
-        chosen = _choose(list(nodes.values()), group, worker)
-        bundles = tuple(_bundle(group, rank, node) for rank, node in enumerate(chosen))
-        for bundle in bundles:
+        placed[worker] = place(Topology(tuple(nodes.values())), group, worker)
+        for bundle in placed[worker].bundles:
             node = nodes[bundle.node_id]
             nodes[bundle.node_id] = replace(
                 node, free=node.free - bundle.resources, busy_cores=node.busy_cores + bundle.cores
             )
-        placed[worker] = WorkerPlacement(worker, group.name, bundles)
     return Plan(tuple(placed[worker] for _, worker in wanted))
 
 
-def _choose(nodes: list[Node], group: WorkerGroup, worker: str) -> list[Node]:
+def place(topology: Topology, group: WorkerGroup, worker: str) -> WorkerPlacement:
+    """Assign the ranks of one worker to what is free now: one step of `plan`.
+
+    Raises:
+        PlacementError: It does not fit.
+    """
+    chosen = _choose(topology.nodes, group, worker)
+    return WorkerPlacement(worker, group.name, tuple(_bundle(group, rank, node) for rank, node in enumerate(chosen)))
+
+
+def _choose(nodes: tuple[Node, ...], group: WorkerGroup, worker: str) -> list[Node]:
     """The nodes of one worker, in node_rank order."""
     right_kind = [node for node in nodes if group.accelerator in (NO_ACCELERATOR, node.accelerator)]
     fitting = [node for node in right_kind if group.needs.fits_in(node.free)]

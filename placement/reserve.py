@@ -85,12 +85,13 @@ async def reserve(name: str, placement: WorkerPlacement, timeout_s: float = 10.0
         raise
 
 
-async def find(prefix: str) -> dict[str, Reservation]:
-    """Every group whose name starts with `prefix` and that holds all its nodes, by name."""
-    found = {}
+async def find(prefix: str) -> dict[str, Reservation | None]:
+    """Every group whose name starts with `prefix`, by name; None for one that does not hold all its nodes."""
+    found: dict[str, Reservation | None] = {}
     for group_id, entry in (await asyncio.to_thread(placement_group_table)).items():
-        if entry["name"].startswith(prefix) and entry["state"] == "CREATED":
-            found[entry["name"]] = Reservation(entry["name"], _handle(group_id), _node_ids(entry))
+        if entry["name"].startswith(prefix) and entry["state"] != "REMOVED":
+            whole = entry["state"] == "CREATED"
+            found[entry["name"]] = Reservation(entry["name"], _handle(group_id), _node_ids(entry)) if whole else None
     return found
 
 

@@ -14,16 +14,18 @@ import ray
 import backends
 from backends.engine import Engine, EngineStartError, LaunchSpec
 from dynamo_ray.cluster.ports import PortBlock, reserve_ports
-from dynamo_ray.cluster.presence import is_deployed
+from dynamo_ray.cluster.presence import Presence, presence
 from dynamo_ray.cluster.processes import kill_predecessors
 from dynamo_ray.cluster.worker import WorkerServer
 from dynamo_ray.request.wire import WorkerInfo
 from placement import reserve
+from placement.plan import Bundle
 
 log = logging.getLogger(__name__)
 
 ENGINE_STOP_TIMEOUT_S = 20.0
 LEASE_CHECK_S = 5.0
+MAX_LEASE_MISSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +34,13 @@ class Assignment:
 
     app: str
     worker: str
-    node_rank: int
-    num_nodes: int
     epoch: int
     config_hash: str
     """Of everything that shaped this worker: another hash, another worker."""
     group: str
     """The name of its placement group."""
-    cores: tuple[int, ...]
+    bundle: Bundle
+    """Where in the worker this node stands."""
     lease_timeout_s: float
     """Without any orchestrator for this long, it looks for its application, and ends if that is gone."""
 
@@ -60,7 +61,6 @@ class Description:
     started: bool
     info: WorkerInfo | None
     """On the leader, once it serves."""
-    node_id: str
     pid: int
 
 
@@ -129,13 +129,7 @@ class EngineNode:
 
     async def describe(self) -> Description:
         self._renewed_s = time.monotonic()
-        return Description(
-            self._assignment,
-            self._started.is_set(),
-            self._info,
-            ray.get_runtime_context().get_node_id(),
-            os.getpid(),
-        )
+        return Description(self._assignment, self._started.is_set(), self._info, os.getpid())
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those inside; False when some were left at the end."""
@@ -154,16 +148,17 @@ class EngineNode:
 
     async def _keep_lease(self) -> None:
         """End this node when nobody is left who would."""
-        timeout_s = self._assignment.lease_timeout_s
-        while True:
+        timeout_s, misses = self._assignment.lease_timeout_s, 0
+        while misses < MAX_LEASE_MISSES:
             await asyncio.sleep(min(LEASE_CHECK_S, timeout_s / 4))
             if time.monotonic() - self._renewed_s < timeout_s:
+                misses = 0
                 continue
-            if await asyncio.to_thread(is_deployed, self._assignment.app):
-                self._renewed_s = time.monotonic()
-                continue
-            log.warning("application %s is gone and nobody ended %s", self._assignment.app, self._assignment.worker)
-            await self.stop()
-            # Ends this process too: it runs inside the group.
-            await reserve.release(self._assignment.group)
-            os._exit(0)
+            found = await asyncio.to_thread(presence, self._assignment.app)
+            # A controller that recovers knows no application for a moment; one answer does not end a worker.
+            misses = misses + 1 if found in (Presence.DELETING, Presence.ABSENT) else 0
+        log.warning("application %s is gone and nobody ended %s", self._assignment.app, self._assignment.worker)
+        await self.stop()
+        # Ends this process too: it runs inside the group.
+        await reserve.release(self._assignment.group)
+        os._exit(0)

@@ -114,9 +114,13 @@ class Supervisor:
         epochs: the last epoch each worker ever had, where it had one; new ones are greater.
     """
 
-    def __init__(self, workers: Mapping[str, Role], epochs: Mapping[str, int], timings: Timings | None = None) -> None:
+    def __init__(
+        self, workers: Mapping[str, Role], epochs: Mapping[str, int], timings: Timings | None = None, now_s: float = 0.0
+    ) -> None:
         self._timings = timings or Timings()
-        self._workers = {name: _Worker(name, role, epochs.get(name, 0)) for name, role in workers.items()}
+        self._workers = {
+            name: _Worker(name, role, epochs.get(name, 0), since_s=now_s) for name, role in workers.items()
+        }
         self.stopping = False
 
     @property

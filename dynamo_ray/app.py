@@ -1,0 +1,28 @@
+"""What `serve run` imports: build(args) -> the application of one deployment."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from ray import serve
+
+from dynamo_ray.cluster import orchestrator
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.request import ingress
+
+log = logging.getLogger("ray.serve")
+
+HAPROXY_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""Read when Ray and Serve start: it must be set on every node before `ray start`."""
+
+
+def build(args: DeploymentConfig) -> serve.Application:
+    """The ingress in front of an orchestrator that starts the workers; `args` is what stands under `args:`."""
+    if any(os.environ.get(name) != value for name, value in HAPROXY_ENVIRONMENT.items()):
+        wanted = " ".join(f"{name}={value}" for name, value in HAPROXY_ENVIRONMENT.items())
+        log.warning(
+            "Serve's default proxy costs about 5 ms of CPU a request, HAProxy mode 0.3 ms; "
+            f"to have it, set {wanted} on every node before Ray starts. `dynamo-ray up` does."
+        )
+    return ingress.application(args, orchestrator.application(args))

@@ -1,0 +1,233 @@
+"""One worker's node actors, seen from the orchestrator: create, start, watch, adopt, kill."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dynamo_ray.cluster import processes, workload
+from dynamo_ray.cluster.node import Assignment, Description, EngineNode, Prepared
+from dynamo_ray.cluster.workload import Work
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.request.wire import WorkerInfo
+from placement.plan import WorkerPlacement
+from placement.reserve import Reservation
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "dynamo_ray"
+STOP_TIMEOUT_S = 25.0
+GONE_POLL_S = 0.05
+ANSWER_TIMEOUT_S = 3.0
+DESCRIBE_TIMEOUT_S = 10.0
+
+Actor = Any
+"""A handle to an EngineNode; Ray's handles are untyped."""
+
+
+def actor_name(app: str, worker: str, node_rank: int) -> str:
+    return f"{app}/{worker}/{node_rank}"
+
+
+def group_name(app: str, worker: str) -> str:
+    return f"{app}/{worker}"
+
+
+class GangError(Exception):
+    """A gang could not start or has died; says which node and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """The live actors of one incarnation of one worker, in node_rank order."""
+
+    worker: str
+    epoch: int
+    actors: tuple[Actor, ...]
+    info: WorkerInfo
+    placement: WorkerPlacement
+
+    async def watch(self) -> str:
+        """Return, with the reason, as soon as any of its ranks is dead."""
+        calls = [asyncio.ensure_future(_sentinel(actor, rank)) for rank, actor in enumerate(self.actors)]
+        try:
+            done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for call in calls:
+                call.cancel()
+
+    async def renew(self, timeout_s: float) -> str | None:
+        """Renew every node's lease; None when all are healthy, else what is wrong."""
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(actor.renew.remote(), timeout_s) for actor in self.actors), return_exceptions=True
+        )
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, TimeoutError):
+                return f"node {rank} did not answer within {timeout_s:g} s"
+            if isinstance(answer, BaseException):
+                return reason_of(answer)
+        return None
+
+    async def drain(self, timeout_s: float) -> bool:
+        finished: bool = await self.actors[0].drain.remote(timeout_s)
+        return finished
+
+
+async def start(
+    config: DeploymentConfig,
+    work: Work,
+    assignments: tuple[Assignment, ...],
+    reservation: Reservation,
+    placement: WorkerPlacement,
+    secret: bytes,
+    progress: Callable[[str], None],
+) -> Gang:
+    """Create the worker's actors in its group and start its engine.
+
+    Raises:
+        GangError: A node could not; the others may still be running, so the caller kills the gang.
+    """
+    actors = tuple(_create(work, assignment, reservation) for assignment in assignments)
+    ports = workload.num_ports(work.config)
+    prepared: list[Prepared] = await _all([actor.prepare.remote(ports) for actor in actors])
+    specs = workload.launch_specs(config, work, placement, prepared)
+    progress("loading the model")
+    answers: list[WorkerInfo | None] = await _all(
+        [
+            actor.start.remote(config.backend, spec, secret, config.limits.max_queued_requests)
+            for actor, spec in zip(actors, specs, strict=True)
+        ]
+    )
+    info = answers[0]
+    assert info is not None, "the leader serves"
+    return Gang(work.worker, assignments[0].epoch, actors, info, placement)
+
+
+async def find(app: str) -> dict[str, list[tuple[Actor, Description | None]]]:
+    """Every node actor of the application, by worker, in node_rank order; None where one does not answer."""
+    names = await asyncio.to_thread(actor_names, app)
+    found: dict[str, list[tuple[Actor, Description | None]]] = {}
+    for name in sorted(names, key=lambda name: (name.split("/")[1], int(name.split("/")[2]))):
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+        except ValueError:
+            continue  # it died since it was listed
+        try:
+            description = await asyncio.wait_for(actor.describe.remote(), DESCRIBE_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.warning("%s does not answer: %s", name, reason_of(error))
+            description = None
+        found.setdefault(name.split("/")[1], []).append((actor, description))
+    return found
+
+
+def adopt(nodes: list[tuple[Actor, Description | None]], work: Work) -> Gang | None:
+    """The gang these actors are, if it is whole, serves, and is what the configuration asks for."""
+    described = [description for _, description in nodes if description is not None]
+    if len(described) != len(nodes) or len(nodes) != work.config.nodes or not all(d.started for d in described):
+        return None
+    leader = described[0]
+    if leader.info is None or any(d.assignment.epoch != leader.assignment.epoch for d in described):
+        return None
+    if any(d.assignment.config_hash != work.config_hash for d in described):
+        return None
+    placement = WorkerPlacement(work.worker, work.group.name, tuple(d.assignment.bundle for d in described))
+    return Gang(work.worker, leader.assignment.epoch, tuple(actor for actor, _ in nodes), leader.info, placement)
+
+
+async def kill(app: str, worker: str) -> None:
+    """Stop and kill every actor of that worker; returns only when Ray no longer knows any of them."""
+    prefix = f"{app}/{worker}/"
+    while names := [name for name in await asyncio.to_thread(actor_names, app) if name.startswith(prefix)]:
+        await asyncio.gather(*(_kill_one(name) for name in names))
+
+
+def actor_names(app: str) -> list[str]:
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    return [a["name"] for a in listed if a["namespace"] == NAMESPACE and a["name"].startswith(f"{app}/")]
+
+
+def reason_of(error: BaseException) -> str:
+    """The cause in one line, without Ray's remote traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return str(cause) or repr(cause)
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process died"
+    return (str(error) or repr(error)).strip().splitlines()[-1]
+
+
+async def _sentinel(actor: Actor, rank: int) -> str:
+    try:
+        reason: str = await actor.sentinel.remote()
+    except ray.exceptions.RayError as error:
+        reason = reason_of(error)
+    return f"node {rank}: {reason}"
+
+
+async def _kill_one(name: str) -> None:
+    try:
+        actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+    except ValueError:
+        return
+    try:
+        # An actor that was never placed, or hangs, is not waited for: what it started ends with its process.
+        await asyncio.wait_for(actor.describe.remote(), ANSWER_TIMEOUT_S)
+        await asyncio.wait_for(actor.stop.remote(), STOP_TIMEOUT_S)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        log.info("%s did not stop by itself: %s", name, reason_of(error))
+    await asyncio.to_thread(ray.kill, actor)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+        except ValueError:
+            return
+        await asyncio.sleep(GONE_POLL_S)
+
+
+def _create(work: Work, assignment: Assignment, reservation: Reservation) -> Actor:
+    session, bundle = ray.get_runtime_context().gcs_address, assignment.bundle
+    name = actor_name(assignment.app, assignment.worker, bundle.node_rank)
+    return (
+        ray.remote(EngineNode)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            # The bundle holds the CPUs for the engine; an actor that asked for them too would not fit.
+            num_cpus=0,
+            num_gpus=bundle.resources.gpus,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                reservation.group, placement_group_bundle_index=reservation.node_ids.index(bundle.node_id)
+            ),
+            runtime_env={"env_vars": {**work.config.env, processes.VARIABLE: f"{session}/{name}"}},
+        )
+        .remote(assignment)
+    )
+
+
+async def _all(calls: list[Any]) -> list[Any]:
+    """Every answer, in order; GangError as soon as one fails."""
+    tasks = [asyncio.ensure_future(_answer(call, rank)) for rank, call in enumerate(calls)]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _answer(call: Any, rank: int) -> Any:
+    try:
+        return await call
+    except ray.exceptions.RayError as error:
+        raise GangError(f"node {rank}: {reason_of(error)}") from error

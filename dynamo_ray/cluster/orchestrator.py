@@ -1,0 +1,205 @@
+"""The Serve deployment that keeps the workers as the configuration wants them.
+
+It owns no process: groups and node actors are detached and found by name, so it can crash, restart or be replaced
+without touching a worker. Only when its application is being deleted does it end them; should it be killed in that
+very moment, the nodes' leases do (node.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from ray import serve
+
+from dynamo_ray.cluster.fleet import Fleet
+from dynamo_ray.cluster.lifecycle import (
+    Drain,
+    Event,
+    GroupLost,
+    Instruction,
+    Kill,
+    Publish,
+    Release,
+    Reserve,
+    Start,
+    Started,
+    StopAll,
+    Tick,
+)
+from dynamo_ray.cluster.memory import Memory
+from dynamo_ray.cluster.presence import ORCHESTRATOR, Presence, presence
+from dynamo_ray.cluster.supervisor import Supervisor
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.request.membership import Membership, WorkerStatus
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 10.0
+STOPPING_WATCH_S = 0.5
+PRESENCE_POLL_S = 1.0
+HEALTH_PERIOD_S = 5.0
+GROUP_POLL_S = 2.0
+TEARDOWN_MARGIN_S = 60.0
+"""Beyond draining: to stop engines, kill actors and release groups."""
+MAX_WATCHERS = 10_000
+
+
+class Orchestrator:
+    """One replica per application."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        checked = DeploymentConfig.model_validate(config)
+        self._app = serve.get_replica_context().app_name
+        self._clock_offset_s = time.time() - time.monotonic()
+        self._changed = asyncio.Condition()
+        self._wake = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._memory = Memory(self._app)
+        secret = await asyncio.to_thread(self._memory.secret)
+        epochs = await asyncio.to_thread(self._memory.epochs)
+        self._fleet = Fleet(self._app, checked, self._memory, secret)
+        roles = {worker: work.role for worker, work in self._fleet.works.items()}
+        self._supervisor = Supervisor(roles, epochs, now_s=self._now_s())
+        # Greater than any version that an earlier orchestrator of this application gave out.
+        self._membership = Membership(int(time.time() * 1000), secret, (), self._supervisor.statuses())
+        for adopted in await self._fleet.adopt():
+            self._apply(adopted)
+            self._spawn(self._answer(self._fleet.watch(adopted.worker, adopted.epoch)))
+        for loop in (self._tick_loop, self._presence_loop, self._health_loop, self._group_loop):
+            self._spawn(loop())
+
+    async def watch(self, version: int) -> Membership:
+        """The membership, as soon as its version is not `version`; the same one after 10 s."""
+        try:
+            async with asyncio.timeout(STOPPING_WATCH_S if self._supervisor.stopping else WATCH_S), self._changed:
+                await self._changed.wait_for(lambda: self._membership.version != version)
+        except TimeoutError:
+            pass
+        return self._membership
+
+    async def status(self) -> list[WorkerStatus]:
+        return list(self._supervisor.statuses())
+
+    async def __del__(self) -> None:
+        """End everything if the application is being deleted; leave everything if only this replica is replaced."""
+        if not hasattr(self, "_supervisor"):
+            return
+        if await asyncio.to_thread(presence, self._app) in (Presence.DELETING, Presence.ABSENT):
+            self._stop()
+            await self._stopped.wait()
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _now_s(self) -> float:
+        """Unix seconds that never jump."""
+        return time.monotonic() + self._clock_offset_s
+
+    def _apply(self, event: Event) -> None:
+        """Tell the supervisor, and do what it orders."""
+        for instruction in self._supervisor.handle(event, self._now_s()):
+            self._execute(instruction)
+        self._wake.set()
+        if self._supervisor.stopped and not self._stopped.is_set():
+            self._spawn(self._forget())
+
+    def _execute(self, instruction: Instruction) -> None:
+        match instruction:
+            case Reserve(worker):
+                self._spawn(self._answer(self._fleet.reserve(worker)))
+            case Start(worker, epoch):
+                self._spawn(self._answer(self._fleet.start(worker, epoch, self._apply)))
+            case Drain(worker, epoch):
+                self._spawn(self._answer(self._fleet.drain(worker, epoch)))
+            case Kill(worker, epoch):
+                self._spawn(self._answer(self._fleet.kill(worker, epoch)))
+            case Release(worker):
+                self._spawn(self._answer(self._fleet.release(worker)))
+            case Publish():
+                self._publish()
+
+    async def _answer(self, work: Coroutine[Any, Any, Event]) -> None:
+        event = await work
+        self._apply(event)
+        if isinstance(event, Started):
+            self._spawn(self._answer(self._fleet.watch(event.worker, event.epoch)))
+
+    def _publish(self) -> None:
+        before, statuses = self._membership, self._supervisor.statuses()
+        for old, new in zip(before.statuses, statuses, strict=True):
+            if (old.phase, old.detail) != (new.phase, new.detail):
+                log.info("%s epoch %d: %s %s", new.worker, new.epoch, new.phase, new.detail)
+        self._membership = Membership(before.version + 1, before.secret, self._supervisor.members(), statuses)
+        self._spawn(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _stop(self) -> None:
+        if not self._supervisor.stopping:
+            log.info("application %s is being deleted: ending its workers", self._app)
+            self._apply(StopAll())
+
+    async def _forget(self) -> None:
+        await asyncio.to_thread(self._memory.forget)
+        self._stopped.set()
+
+    async def _tick_loop(self) -> None:
+        self._apply(Tick())
+        while not self._supervisor.stopped:
+            self._wake.clear()
+            due_s = self._supervisor.next_wake_s
+            try:
+                async with asyncio.timeout(None if due_s is None else max(0.0, due_s - self._now_s())):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._apply(Tick())
+
+    async def _presence_loop(self) -> None:
+        """Start to end everything as soon as deletion begins: Serve calls us last, after its own waits."""
+        while not self._supervisor.stopping:
+            await asyncio.sleep(PRESENCE_POLL_S)
+            if await asyncio.to_thread(presence, self._app) is Presence.DELETING:
+                self._stop()
+
+    async def _health_loop(self) -> None:
+        while not self._supervisor.stopping:
+            await asyncio.sleep(HEALTH_PERIOD_S)
+            checks = (self._fleet.check(worker, epoch) for worker, epoch in self._supervisor.serving())
+            for health in await asyncio.gather(*checks):
+                self._apply(health)
+
+    async def _group_loop(self) -> None:
+        while not self._supervisor.stopping:
+            await asyncio.sleep(GROUP_POLL_S)
+            for worker in await self._fleet.lost_groups():
+                self._apply(GroupLost(worker, "a node of its placement group is lost"))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the orchestrator failed", exc_info=task.exception())
+
+
+def application(config: DeploymentConfig) -> serve.Application:
+    """The orchestrator, bound to its configuration. It takes no CPU from Ray."""
+    deployment = serve.deployment(
+        Orchestrator,
+        name=ORCHESTRATOR,
+        num_replicas=1,
+        max_ongoing_requests=MAX_WATCHERS,
+        graceful_shutdown_timeout_s=config.limits.drain_timeout_s + TEARDOWN_MARGIN_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment.bind(config.model_dump(mode="json"))

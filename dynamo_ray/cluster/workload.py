@@ -1,0 +1,108 @@
+"""DeploymentConfig -> the workers it asks for, what each needs, and the hash that tells whether one still matches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from backends.engine import LaunchSpec, Role
+from dynamo_ray import __version__
+from dynamo_ray.cluster.node import Prepared
+from dynamo_ray.config import DeploymentConfig, RoleConfig
+from placement.parallelism import Parallelism
+from placement.plan import WorkerGroup, WorkerPlacement
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One worker, before it has a place."""
+
+    worker: str
+    role: Role
+    config: RoleConfig
+    group: WorkerGroup
+    config_hash: str
+
+
+def worker_group(role: Role, config: RoleConfig, accelerator: str) -> WorkerGroup:
+    widths = config.parallelism
+    return WorkerGroup(
+        name=role.value,
+        replicas=config.replicas,
+        nodes=config.nodes,
+        parallelism=Parallelism(widths.attn_tp, widths.attn_dp, widths.moe_ep, widths.moe_tp_size, widths.pp),
+        cpus=config.resources.cpus,
+        memory_bytes=int(config.resources.memory_gib * 2**30),
+        accelerator=accelerator,
+    )
+
+
+def worker_groups(config: DeploymentConfig) -> tuple[WorkerGroup, ...]:
+    return tuple(worker_group(role, role_config, config.accelerator) for role, role_config in config.roles.items())
+
+
+def works(config: DeploymentConfig) -> dict[str, Work]:
+    """Every worker by name, those that need the widest nodes first."""
+    found = []
+    for role, role_config in config.roles.items():
+        group = worker_group(role, role_config, config.accelerator)
+        digest = config_hash(config, role)
+        found += [Work(worker, role, role_config, group, digest) for worker in group.workers]
+    found.sort(key=lambda work: (-work.group.needs.gpus, -work.group.nodes))
+    return {work.worker: work for work in found}
+
+
+def config_hash(config: DeploymentConfig, role: Role) -> str:
+    """Equal as long as a running worker of that role is what the configuration asks for.
+
+    The number of replicas, the router and the ingress's limits are not in it.
+    """
+    role_config = config.roles[role]
+    shaping = {
+        "version": __version__,
+        "model": config.model.model_dump(mode="json"),
+        "backend": config.backend,
+        "accelerator": config.accelerator,
+        "role": role_config.model_dump(mode="json", exclude={"replicas"}),
+        "transfer": config.transfer.model_dump(mode="json"),
+        "events": config.events,
+        "max_queued_requests": config.limits.max_queued_requests,
+    }
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def num_ports(config: RoleConfig) -> int:
+    """Ports one node of a worker may listen on: a few per rank, a few for the engine as a whole."""
+    return 8 + 2 * config.parallelism.num_ranks // config.nodes
+
+
+def launch_specs(
+    config: DeploymentConfig, work: Work, placement: WorkerPlacement, prepared: list[Prepared]
+) -> list[LaunchSpec]:
+    """What each node starts, in node_rank order."""
+    widths = work.config.parallelism
+    return [
+        LaunchSpec(
+            worker=work.worker,
+            role=work.role,
+            model=config.model.name,
+            model_path=str(config.model.folder),
+            attn_tp=widths.attn_tp,
+            attn_dp=widths.attn_dp,
+            moe_ep=widths.moe_ep,
+            moe_tp=widths.moe_tp_size,
+            pp=widths.pp,
+            num_nodes=work.config.nodes,
+            node_rank=bundle.node_rank,
+            node_address=here.address,
+            leader_address=prepared[0].address,
+            leader_ports=prepared[0].ports,
+            ports=here.ports,
+            cores=bundle.cores,
+            transfer_backend=config.transfer.backend,
+            kv_events=config.events != "none",
+            engine_args=dict(work.config.engine_args),
+        )
+        for bundle, here in zip(placement.bundles, prepared, strict=True)
+    ]
