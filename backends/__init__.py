@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from backends.engine import Engine, LaunchSpec
+    from backends.engine import Engine, LaunchSpec, Role
 
 BACKENDS = ("simulated", "vllm")
 
@@ -26,3 +27,19 @@ def create(backend: str, spec: LaunchSpec) -> Engine:
 
         return VLLMEngine(spec)
     raise ValueError(f"backend: unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+
+
+def check_args(backend: str, role: Role, engine_args: Mapping[str, Any]) -> None:
+    """Refuse what can be seen to be wrong before the engine's library is there; the engine checks the rest.
+
+    Raises:
+        EngineStartError: A key or value is wrong; the message starts with `engine_args.<key>: `.
+    """
+    if backend == "simulated":
+        from backends.simulated import parse_args
+
+        parse_args(engine_args)
+    if backend == "vllm":
+        from backends import vllm_args
+
+        vllm_args.check_owned(engine_args)

@@ -59,9 +59,7 @@ def engine_args(spec: LaunchSpec, on_cpu: bool) -> dict[str, Any]:
     Raises:
         EngineStartError: `spec.engine_args` sets what we own, or the layout is one this adapter cannot start.
     """
-    for key in spec.engine_args:
-        if key in OWNED:
-            raise EngineStartError(f"engine_args.{key}: follows from the configuration; use {OWNED[key]}")
+    check_owned(spec.engine_args)
     _check_layout(spec)
     args: dict[str, Any] = dict(CPU_DEFAULTS) if on_cpu else {}
     args |= {
@@ -86,6 +84,13 @@ def engine_args(spec: LaunchSpec, on_cpu: bool) -> dict[str, Any]:
     if spec.kv_events:
         args["kv_events_config"] = _events()
     return args
+
+
+def check_owned(args: Mapping[str, Any]) -> None:
+    """Refuse a user's argument that follows from the rest of the configuration; names what to set instead."""
+    for key in args:
+        if key in OWNED:
+            raise EngineStartError(f"engine_args.{key}: follows from the configuration; use {OWNED[key]}")
 
 
 def check_known(args: Mapping[str, Any], known: Collection[str]) -> None:

@@ -28,7 +28,7 @@ class Resources:
         parts = [f"{self.gpus} GPU{'s' if self.gpus != 1 else ''}"] if self.gpus else []
         parts.append(f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}")
         if self.memory_bytes:
-            parts.append(f"{self.memory_bytes / 2**30:.1f} GiB")
+            parts.append(f"{self.memory_bytes / 2**30:.1f} GiB memory")
         return ", ".join(parts)
 
     def __add__(self, other: Resources) -> Resources:

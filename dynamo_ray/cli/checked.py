@@ -1,0 +1,47 @@
+"""A configuration file, read and checked as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynamo_ray import config_file
+from dynamo_ray.config_file import Application
+from dynamo_ray.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFile:
+    path: Path
+    value: dict[str, Any]
+    """The document as Serve takes it."""
+    applications: tuple[Application, ...]
+    """Ours; at least one."""
+
+    @property
+    def host(self) -> str:
+        return str((self.value.get("http_options") or {}).get("host", "0.0.0.0"))
+
+    @property
+    def port(self) -> int:
+        return int((self.value.get("http_options") or {}).get("port", 8000))
+
+
+def check_file(path: Path) -> CheckedFile:
+    """Read and check every level of a `serve run` file.
+
+    Raises:
+        ConfigError: Anything is wrong; carries every mistake, in the order of the file.
+    """
+    document = config_file.read(path)
+    # Imported late: it imports Ray, which takes seconds, and a file that is no YAML needs none of it.
+    from dynamo_ray.cli import serve_schema
+
+    found, problems = config_file.applications(document)
+    wrong = [*serve_schema.check(document), *problems]
+    if not wrong and not found:
+        wrong = [Problem("applications", f"none has `import_path: {config_file.IMPORT_PATH}`", None)]
+    if wrong:
+        raise ConfigError(tuple(sorted(dict.fromkeys(wrong), key=lambda problem: problem.line or 0)))
+    return CheckedFile(path, document.value, found)

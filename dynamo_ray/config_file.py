@@ -1,0 +1,226 @@
+"""A `serve run` file as a checked value: every mistake at once, each with its field, its line and what to write."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+import backends
+from backends.engine import EngineStartError
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.errors import ConfigError, Problem
+
+IMPORT_PATH = "dynamo_ray.app:build"
+
+Place = tuple[str | int, ...]
+"""Keys and list indexes from the top of the document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a YAML file says, and on which line it says it."""
+
+    value: Any
+    lines: dict[Place, int]
+    duplicates: tuple[Place, ...] = ()
+
+    def problem(self, path: Place, message: str) -> Problem:
+        """At the line of `path`, or of the nearest thing around it that the file has."""
+        line = next((self.lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.lines), None)
+        return Problem(dotted(path), message, line)
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """One of our applications in a file."""
+
+    index: int
+    name: str
+    config: DeploymentConfig = field(repr=False)
+
+
+def dotted(path: Place) -> str:
+    """applications[0].args.prefill; the whole document is `(file)`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "(file)"
+
+
+def read(file: Path) -> Document:
+    """Parse YAML; anchors and merge keys are resolved.
+
+    Raises:
+        ConfigError: The file cannot be read, or is no YAML.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError((Problem(str(file), f"cannot be read: {error}"),)) from error
+    try:
+        return _Reader(text).document()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        what = "; ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError((Problem(str(file), f"is not valid YAML: {what}", line),)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError((Problem(str(file), f"is not valid YAML: {error}"),)) from error
+
+
+class _Reader:
+    """Composes a document and remembers where each key stands."""
+
+    def __init__(self, text: str) -> None:
+        self._loader = yaml.SafeLoader(text)
+        self._lines: dict[Place, int] = {}
+        self._duplicates: list[Place] = []
+
+    def document(self) -> Document:
+        try:
+            node = self._loader.get_single_node()
+            value = None if node is None else self._build(node, ())
+            return Document(value, self._lines, tuple(self._duplicates))
+        finally:
+            self._loader.dispose()
+
+    def _build(self, node: yaml.Node, path: Place) -> Any:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(item, (*path, index)) for index, item in enumerate(node.value)]
+        return self._loader.construct_object(node, deep=True)
+
+    def _mapping(self, node: yaml.MappingNode, path: Place) -> dict[Any, Any]:
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        self._duplicates += [(*path, key) for key in dict.fromkeys(own) if own.count(key) > 1 and key != "<<"]
+        self._loader.flatten_mapping(node)
+        built: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._loader.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "found an unhashable key", key_node.start_mark)
+            here = (*path, key if isinstance(key, int) else str(key))
+            self._lines[here] = key_node.start_mark.line + 1
+            built[key] = self._build(value_node, here)
+        return built
+
+
+def applications(document: Document) -> tuple[tuple[Application, ...], tuple[Problem, ...]]:
+    """Our applications in the document, and every mistake in their `args`."""
+    found: list[Application] = []
+    problems: list[Problem] = [document.problem(path, "given twice; keep one") for path in document.duplicates]
+    listed = document.value.get("applications") if isinstance(document.value, dict) else None
+    for index, raw in enumerate(listed if isinstance(listed, list) else []):
+        if not isinstance(raw, dict) or raw.get("import_path") != IMPORT_PATH:
+            continue
+        path: Place = ("applications", index, "args")
+        args = raw.get("args")
+        if not isinstance(args, dict):
+            problems.append(document.problem(path, "missing: the deployment is described here"))
+            continue
+        config, wrong = check_args(document, path, args)
+        problems += wrong
+        if config is not None:
+            found.append(Application(index, str(raw.get("name", "default")), config))
+    return tuple(found), tuple(problems)
+
+
+def check_args(document: Document, path: Place, args: dict[str, Any]) -> tuple[DeploymentConfig | None, list[Problem]]:
+    """The configuration under `path`, or what is wrong with it."""
+    try:
+        config = DeploymentConfig.model_validate(args)
+    except ValidationError as error:
+        return None, problems_of(document, path, DeploymentConfig, error)
+    problems = []
+    for role, role_config in config.roles.items():
+        try:
+            backends.check_args(config.backend, role, role_config.engine_args)
+        except EngineStartError as error:
+            key = str(error).split(":")[0].removeprefix("engine_args.")
+            message = str(error).partition(": ")[2] or str(error)
+            problems.append(document.problem((*path, role.value, "engine_args", key), message))
+    return config, problems
+
+
+def problems_of(document: Document, path: Place, model: type[BaseModel], error: ValidationError) -> list[Problem]:
+    """pydantic's findings in our words."""
+    found = []
+    for item in error.errors():
+        loc = tuple(part for part in item["loc"] if _is_place(part))
+        where = (*path, *loc)
+        if item["type"] == "extra_forbidden":
+            inner = model_at(model, loc[:-1])
+            found.append(document.problem(where, unknown_key(str(loc[-1]), known_keys(inner) if inner else ())))
+        elif item["type"] == "missing":
+            found.append(document.problem(where, "missing"))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item["input"]
+            shown = f"; it is {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+            found.append(document.problem(where, message[0].lower() + message[1:] + shown))
+    return found
+
+
+def _is_place(part: str | int) -> bool:
+    """pydantic also puts the tried branch of a union into a location; only keys and indexes are places."""
+    return isinstance(part, int) or (part.isidentifier() and part not in ("int", "str", "float", "bool"))
+
+
+def unknown_key(key: str, known: tuple[str, ...]) -> str:
+    near = get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key; did you mean `{near[0]}`?"
+    return f"unknown key; known here: {', '.join(sorted(known))}" if known else "unknown key"
+
+
+def known_keys(model: type[BaseModel]) -> tuple[str, ...]:
+    return tuple(info.alias or name for name, info in model.model_fields.items())
+
+
+def model_at(model: type[BaseModel], path: Place) -> type[BaseModel] | None:
+    """The model that describes what stands at `path` under `model`; None where it is free-form."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        info = model.model_fields.get(str(part))
+        models = list(_models(info.annotation)) if info is not None else []
+        if len(models) != 1:
+            return None
+        model = models[0]
+    return model
+
+
+def unknown_keys(
+    document: Document, path: Place, model: type[BaseModel], value: Any, skip: frozenset[str] = frozenset()
+) -> Iterator[Problem]:
+    """Every key at or below `path` that `model` does not have, for models that would ignore it."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from unknown_keys(document, (*path, index), model, item, skip)
+    if not isinstance(value, dict):
+        return
+    known = known_keys(model)
+    for key, inner in value.items():
+        here = (*path, key)
+        if key not in known:
+            yield document.problem(here, unknown_key(str(key), known))
+        elif key not in skip:
+            nested = model_at(model, (key,))
+            if nested is not None:
+                yield from unknown_keys(document, here, nested, inner, skip)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, list, tuple):
+        for argument in get_args(annotation):
+            yield from _models(argument)
