@@ -90,7 +90,7 @@ class VLLMEngine:
             if isinstance(error, EngineStartError) or not isinstance(error, Exception):
                 raise
             raise EngineStartError(f"vLLM did not start: {cause}") from error
-        self._watch = DeathWatch(self._processes())
+        self._watch = DeathWatch(self.processes())
         self.info = self._describe()
         return self.info
 
@@ -138,7 +138,10 @@ class VLLMEngine:
                 await asyncio.gather(llm.output_handler, return_exceptions=True)
             await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S)
             llm.shutdown = _already_shut_down
-        self._launcher.finish()
+            # vLLM closes its sockets in a later turn of this loop, and leaves their context to the interpreter.
+            await self._launcher.finish(llm.engine_core.resources.ctx.term)
+        else:
+            await self._launcher.finish()
         if self._socket_folder:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
 
@@ -198,7 +201,8 @@ class VLLMEngine:
 
         output_processor.process_outputs = process_outputs
 
-    def _processes(self) -> list[Any]:
+    def processes(self) -> list[Any]:
+        """vLLM's: an engine core a rank, and the coordinator."""
         resources = self._llm.engine_core.resources
         coordinator = [] if resources.coordinator is None else [resources.coordinator.proc]
         return [*resources.engine_manager.processes, *coordinator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ _older_children: list[multiprocessing.process.BaseProcess] = []
 """Our child processes from before the launch that holds the lock, or held it last."""
 
 FAILURE_FILE = "failure"
+LAST_WORDS_S = 1.0
 
 
 class Process(Protocol):
@@ -137,7 +139,10 @@ class Launcher:
 
     def __init__(self, name: str) -> None:
         self.cancelled = False
+        self._started = False
         self._finish = threading.Event()
+        self._last_words: Callable[[], None] = lambda: None
+        self._ended = asyncio.Event()
         self._name = name
 
     async def run(self, start: Callable[[], T], undo: Callable[[T], None]) -> T:
@@ -153,11 +158,15 @@ class Launcher:
                 value = start()
             except BaseException as error:  # noqa: BLE001 - it is raised where start was asked for
                 loop.call_soon_threadsafe(result.set_exception, error)
+                loop.call_soon_threadsafe(self._ended.set)
                 return
             loop.call_soon_threadsafe(result.set_result, value)
             del value
             self._finish.wait()
+            self._last_words()
+            loop.call_soon_threadsafe(self._ended.set)
 
+        self._started = True
         threading.Thread(target=main, name=self._name, daemon=True).start()
         try:
             return await asyncio.shield(result)
@@ -173,8 +182,13 @@ class Launcher:
             kill_children_of_this_launch()
             raise
 
-    def finish(self) -> None:
+    async def finish(self, last_words: Callable[[], None] = lambda: None) -> None:
+        """End the thread, after `last_words` in it; returns without it when they take longer than a second."""
+        self._last_words = last_words
         self._finish.set()
+        if self._started:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), LAST_WORDS_S)
 
 
 class DeathWatch:

@@ -1,0 +1,45 @@
+"""Engines that live as long as the session: a real one takes 20 to 40 s to start."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+import pytest_asyncio
+from engines import Site, running, spec
+
+from backends.engine import Role
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/contract" in str(item.path):
+            item.add_marker(pytest.mark.contract)
+
+
+async def _site(backend: str) -> AsyncIterator[Site]:
+    async with AsyncExitStack() as stack:
+        engines, infos = {}, {}
+        for role in (Role.AGGREGATED, Role.PREFILL, Role.DECODE):
+            engines[role], infos[role] = await stack.enter_async_context(running(spec(backend, role), backend))
+        yield Site(backend, engines[Role.AGGREGATED], engines[Role.PREFILL], engines[Role.DECODE], infos)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def simulated_site() -> AsyncIterator[Site]:
+    async for site in _site("simulated"):
+        yield site
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def vllm_site() -> AsyncIterator[Site]:
+    """SmolLM2-135M-Instruct in fp32, in which batching does not change greedy answers."""
+    async for site in _site("vllm"):
+        yield site
+
+
+@pytest.fixture(params=["simulated", "vllm"])
+def site(request: pytest.FixtureRequest) -> Site:
+    made: Site = request.getfixturevalue(f"{request.param}_site")
+    return made
