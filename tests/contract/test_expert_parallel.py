@@ -1,0 +1,97 @@
+"""DP2 + EP on vLLM: attention data parallel over two ranks, experts spread over them, equal to transformers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+import pytest_asyncio
+from engines import TINY_DEEPSEEK, Site, answer, greedy, hand_over, prompt, running, spec, wait_until_idle
+
+from backends.engine import Role
+from dynamo_ray import models
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
+
+ANSWER_TOKENS = 16
+PROMPTS = [prompt(length, seed=7, vocabulary=(0, 256)) for length in (1, 2, 15, 16, 17, 40, 129, 300)]
+ENGINE_ARGS = {"block_size": 16, "max_model_len": 1024, "kv_cache_memory_bytes": 64 * 1024 * 1024}
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    """What transformers itself answers, greedily."""
+    import torch
+    from transformers import DeepseekV3ForCausalLM
+
+    model = DeepseekV3ForCausalLM.from_pretrained(models.prepare(TINY_DEEPSEEK), dtype=torch.float32)
+    answers = []
+    for ids in PROMPTS:
+        output = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=ANSWER_TOKENS,
+            min_new_tokens=ANSWER_TOKENS,
+            eos_token_id=-1,
+            pad_token_id=0,
+            do_sample=False,
+        )
+        answers.append(output[0][len(ids) :].tolist())
+    assert len({token for tokens in answers for token in tokens}) > 50, "degenerate answers hide errors"
+    return answers
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def dep_site() -> AsyncIterator[Site]:
+    """The decode engine is DP2 + EP; the prefill engine has one rank. There is no aggregated engine."""
+    async with AsyncExitStack() as stack:
+        prefill, prefill_info = await stack.enter_async_context(
+            running(spec("vllm", Role.PREFILL, TINY_DEEPSEEK, engine_args=ENGINE_ARGS), "vllm")
+        )
+        wide = spec("vllm", Role.DECODE, TINY_DEEPSEEK, attn_dp=2, moe_ep=2, cores=(0, 1), engine_args=ENGINE_ARGS)
+        decode, decode_info = await stack.enter_async_context(running(wide, "vllm"))
+        infos = {Role.PREFILL: prefill_info, Role.DECODE: decode_info}
+        yield Site("vllm", decode, prefill, decode, infos)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_each_rank_answers_as_transformers_does(dep_site: Site, expected: list[list[int]], rank: int) -> None:
+    got = await asyncio.gather(*(answer(dep_site.decode, ids, greedy(ANSWER_TOKENS), dp_rank=rank) for ids in PROMPTS))
+    assert [each.tokens for each in got] == expected
+
+
+async def test_both_ranks_together_answer_as_transformers_does(dep_site: Site, expected: list[list[int]]) -> None:
+    got = await asyncio.gather(
+        *(answer(dep_site.decode, ids, greedy(ANSWER_TOKENS), dp_rank=i % 2) for i, ids in enumerate(PROMPTS))
+    )
+    assert [each.tokens for each in got] == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_prompt_handed_over_to_a_rank_is_answered_as_transformers_does(
+    dep_site: Site, expected: list[list[int]], rank: int
+) -> None:
+    got = await asyncio.gather(*(hand_over(dep_site, ids, greedy(ANSWER_TOKENS), dp_rank=rank) for ids in PROMPTS))
+    assert [each.tokens for each in got] == expected
+    assert [each.chunks[0].transferred_tokens for each in got][1:] == [len(ids) for ids in PROMPTS[1:]]
+    await wait_until_idle(dep_site.prefill)
+    await wait_until_idle(dep_site.decode)
+
+
+async def test_a_pinned_request_runs_on_its_rank(dep_site: Site) -> None:
+    for rank in (0, 1):
+        leg = asyncio.create_task(answer(dep_site.decode, PROMPTS[5], greedy(200), dp_rank=rank))
+        while not any(load.num_running for load in dep_site.decode.load()):
+            await asyncio.sleep(0.005)
+        assert [load.num_running for load in dep_site.decode.load()] == [int(rank == 0), int(rank == 1)]
+        leg.cancel()
+        await asyncio.gather(leg, return_exceptions=True)
+        await wait_until_idle(dep_site.decode)
+
+
+async def test_an_engine_that_caches_no_prefixes_publishes_no_events(dep_site: Site) -> None:
+    assert dep_site.infos[Role.DECODE].kv_event_sources == ()
+    assert dep_site.infos[Role.DECODE].attn_dp_size == 2
+    assert [load.dp_rank for load in dep_site.decode.load()] == [0, 1]
