@@ -1,0 +1,10 @@
+"""`dynamo-ray`: validate, up, status, down, model."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """The console script; see `dynamo_ray.cli.commands.main`."""
+    from dynamo_ray.cli import commands
+
+    commands.main()

@@ -1,0 +1,196 @@
+"""The commands of `dynamo-ray`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import psutil
+import typer
+from rich.console import Console
+
+from dynamo_ray.cli import state
+from dynamo_ray.cli.display import Progress, table
+from dynamo_ray.cli.interrupts import FORCED_EXIT_CODE, Interrupts
+from dynamo_ray.errors import PreflightError, Problem, StartupError
+
+if TYPE_CHECKING:
+    from dynamo_ray.cli.up import Deployment
+
+app = typer.Typer(
+    name="dynamo-ray",
+    help="Serve language models on Ray, prefill and decode apart.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+File = Annotated[Path, typer.Argument(help="A `serve run` file.", show_default=False)]
+Address = Annotated[str | None, typer.Option(help="Of a running Ray; without it, a private one.", envvar="RAY_ADDRESS")]
+Port = Annotated[int | None, typer.Option(help="HTTP port, in place of the file's.", min=1, max=65535)]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+DOWN_TIMEOUT_S = 120.0
+
+
+@app.command()
+def validate(file: File) -> None:
+    """Check every level of a file; exit code 2 and every mistake at once if anything is wrong."""
+    from dynamo_ray.cli.checked import check_file
+
+    checked = check_file(file)
+    for application in checked.applications:
+        roles = ", ".join(f"{config.replicas} {role.value}" for role, config in application.config.roles.items())
+        typer.echo(f"{file}: valid; {application.name} serves {application.config.model.name} with {roles}")
+
+
+@app.command()
+def up(
+    file: File,
+    address: Address = None,
+    port: Port = None,
+    first_token: Annotated[
+        bool, typer.Option("--first-token", help="When ready, send a request and print how long all of it took.")
+    ] = False,
+    started_at: Annotated[
+        float | None, typer.Option(hidden=True, help="Unix seconds that --first-token counts from.")
+    ] = None,
+) -> None:
+    """Serve a file until Ctrl-C, which ends all of it; a second Ctrl-C does so at once."""
+    from dynamo_ray.cli.up import follow
+    from dynamo_ray.cli.up import up as start
+
+    began_s = started_at if started_at is not None else psutil.Process().create_time()
+    interrupts = Interrupts()
+
+    def prepared(deployment: Deployment) -> None:
+        interrupts.force = deployment.kill
+
+    try:
+        with Progress(began_s) as progress:
+            deployment = start(
+                file, address=address, port=port, report=progress.workers, progress=progress.step, prepared=prepared
+            )
+        with deployment:
+            try:
+                _announce(deployment, began_s)
+                if first_token:
+                    _show_first_token(deployment, began_s)
+                follow(deployment, interrupts.wait)
+            finally:
+                typer.echo("ending; Ctrl-C again does so at once")
+    except KeyboardInterrupt:
+        typer.echo("ended before it was ready")
+        raise typer.Exit(FORCED_EXIT_CODE) from None
+    typer.echo("ended; nothing is left running")
+
+
+def _announce(deployment: Deployment, began_s: float) -> None:
+    model = deployment.checked.applications[0].config.model.name
+    body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]})
+    typer.echo(f"ready in {time.time() - began_s:.1f} s: {deployment.url}")
+    typer.echo("try:")
+    typer.echo(
+        f"  curl -N {deployment.url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    )
+
+
+def _show_first_token(deployment: Deployment, began_s: float) -> None:
+    from dynamo_ray.cli import serving
+
+    serving.first_token(deployment.url, deployment.checked.applications[0].config.model.name)
+    took_s = time.time() - began_s
+    peak = f"; peak memory {deployment.memory.stop() / 2**30:.2f} GiB (PSS)" if deployment.memory is not None else ""
+    typer.echo(f"first token {took_s:.1f} s after the command began{peak}")
+
+
+@app.command()
+def status(
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Show the workers of what runs: every `up` of this user, or everything on a Ray at --address."""
+    found = _on_ray(address) if address is not None else state.running()
+    if as_json:
+        workers = [msgspec.to_builtins(worker) for entry in found for worker in entry.workers]
+        typer.echo(json.dumps({"deployments": msgspec.to_builtins(found), "workers": workers}))
+        return
+    if not found:
+        typer.echo("nothing runs")
+    console = Console(highlight=False)
+    for entry in found:
+        console.print(f"{', '.join(entry.applications)} ({entry.config}) on {entry.url}")
+        console.print(table(entry.workers, time.time()))
+
+
+@app.command()
+def down(
+    address: Address = None,
+    port: Annotated[int | None, typer.Option(help="Which `up`, if several run.")] = None,
+) -> None:
+    """End what another terminal runs, as its Ctrl-C would; with --address, the applications on that Ray."""
+    if address is not None:
+        _down_on_ray(address)
+        return
+    found = [entry for entry in state.running() if port in (None, entry.port)]
+    if not found:
+        typer.echo("nothing runs" if port is None else f"nothing runs on port {port}")
+        return
+    if len(found) > 1:
+        ports = ", ".join(str(entry.port) for entry in found)
+        raise PreflightError((Problem("--port", f"several run, on ports {ports}; say which"),))
+    process = psutil.Process(found[0].pid)
+    os.kill(found[0].pid, signal.SIGINT)
+    try:
+        process.wait(DOWN_TIMEOUT_S)
+    except psutil.TimeoutExpired:
+        os.kill(found[0].pid, signal.SIGINT)
+    typer.echo(f"ended {', '.join(found[0].applications)} on {found[0].url}")
+
+
+@app.command()
+def model(
+    key: Annotated[str, typer.Argument(help="smollm2-135m-instruct, tiny-deepseek-v3 or byte-tokenizer.")],
+) -> None:
+    """Make one of the models that the local configurations serve, in the cache folder; prints the folder."""
+    from dynamo_ray import models
+
+    try:
+        typer.echo(str(models.prepare(key, lambda line: typer.echo(line, err=True))))
+    except models.ModelError as error:
+        raise PreflightError((Problem("KEY", str(error)),)) from error
+
+
+def _on_ray(address: str) -> list[state.Running]:
+    from dynamo_ray.cli import serving
+
+    with serving.driver(address):
+        return [
+            state.Running(0, 0.0, "", 0, "serve", address, (name,), True, tuple(serving.statuses(name)))
+            for name in serving.ours()
+        ]
+
+
+def _down_on_ray(address: str) -> None:
+    from dynamo_ray.cli import serving
+
+    with serving.driver(address):
+        names = serving.ours()
+        serving.undeploy(names, DOWN_TIMEOUT_S)
+        typer.echo(f"ended {', '.join(names)}" if names else "nothing of ours runs there")
+
+
+def main() -> None:
+    """Exit codes: 0; 2, 3, 4 as in dynamo_ray/errors.py; 130 when interrupted before it was ready."""
+    try:
+        app()
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,98 @@
+"""A private Ray on this machine, with Serve in HAProxy mode; several can run side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dynamo_ray.cli import processes
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Nearly Ray's smallest: tokens do not go through it."""
+MAX_HAPROXY_THREADS = 4
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for Ray's and HAProxy's files, removed at the end.
+
+    Short, because it holds Unix sockets, whose paths end at 107 characters.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dynamo-ray-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What Ray's and Serve's processes read when they start."""
+    haproxy = folder / "haproxy"
+    metrics_port, stats_port = _free_ports(2)
+    return {
+        processes.VARIABLE: str(folder),
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(MAX_HAPROXY_THREADS, os.cpu_count() or 1)),
+        # No load balancer stands in front of this one, so that none must be waited for at the end.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+@contextlib.contextmanager
+def variables(values: dict[str, str]) -> Iterator[None]:
+    """Set in this process's environment, and as before at the end. RAY_ADDRESS is left out meanwhile."""
+    before = {name: os.environ.get(name) for name in (*values, "RAY_ADDRESS")}
+    os.environ.update(values)
+    os.environ.pop("RAY_ADDRESS", None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[str]:
+    """Ray, as the address other drivers reach it at; at the end nothing that it started is left."""
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="warning",
+            namespace="serve",
+            _temp_dir=str(folder / "ray"),
+        )
+        yield str(ray.get_runtime_context().gcs_address)
+    finally:
+        ray.shutdown()
+        processes.end(str(folder))
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
