@@ -1,6 +1,7 @@
-"""What `serve run` imports: build(args) -> the application of one deployment."""
+"""What `serve run` imports: build(args) -> the application of one deployment.
 
-from __future__ import annotations
+No postponed annotations here: Serve validates `args` against what `build` is annotated with, and takes only a class.
+"""
 
 import logging
 import os

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ MAX_HAPROXY_THREADS = 4
 def scratch() -> Iterator[Path]:
     """A folder for Ray's and HAProxy's files, removed at the end.
 
-    Short, because it holds Unix sockets, whose paths end at 107 characters.
+    Short, because it holds Unix sockets: HAProxy takes paths of 97 characters, and Serve puts a node id of 56 in.
     """
     folder = Path(tempfile.mkdtemp(prefix="dynamo-ray-", dir="/tmp"))
     try:
@@ -32,9 +35,9 @@ def scratch() -> Iterator[Path]:
 
 def environment(folder: Path) -> dict[str, str]:
     """What Ray's and Serve's processes read when they start."""
-    haproxy = folder / "haproxy"
+    haproxy = folder / "h"
     metrics_port, stats_port = _free_ports(2)
-    return {
+    values = {
         processes.VARIABLE: str(folder),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -51,6 +54,10 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+    if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        # Ray listens on every interface. A token of its own keeps others out, and leaves none in the home folder.
+        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return values
 
 
 @contextlib.contextmanager
@@ -74,6 +81,7 @@ def running(folder: Path) -> Iterator[str]:
     """Ray, as the address other drivers reach it at; at the end nothing that it started is left."""
     import ray
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         ray.init(
             address="local",

@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from dynamo_ray.cli.checked import CheckedFile
+from dynamo_ray.cluster.gang import reason_of
 from dynamo_ray.cluster.presence import ORCHESTRATOR
 from dynamo_ray.errors import PreflightError, Problem, StartError
 from dynamo_ray.request.membership import Phase, WorkerStatus
@@ -31,17 +32,24 @@ Report = Callable[[tuple[WorkerStatus, ...]], None]
 
 
 def deploy(checked: CheckedFile, port: int) -> None:
-    """Hand the file to Serve; returns before anything is up. As `serve run` does it (ray/serve/scripts.py)."""
+    """Hand the file to Serve; returns before anything is up. As `serve run` does it (ray/serve/scripts.py).
+
+    Raises:
+        StartError: Serve's own processes do not start.
+    """
     value = copy.deepcopy(checked.value)
     value["http_options"] = {**(value.get("http_options") or {}), "port": port}
     schema = ServeDeploySchema.model_validate(value)
-    client = serve_api.serve_start(
-        http_options=schema.http_options.model_dump(),
-        proxy_location=schema.proxy_location,
-        grpc_options=gRPCOptions(**schema.grpc_options.model_dump()),
-        controller_options=schema.controller_options,
-    )
-    client.deploy_apps(schema, _blocking=False)
+    try:
+        client = serve_api.serve_start(
+            http_options=schema.http_options.model_dump(),
+            proxy_location=schema.proxy_location,
+            grpc_options=gRPCOptions(**schema.grpc_options.model_dump()),
+            controller_options=schema.controller_options,
+        )
+        client.deploy_apps(schema, _blocking=False)
+    except ray.exceptions.RayError as error:
+        raise StartError(f"Ray Serve did not start: {reason_of(error)}") from error
 
 
 def await_ready(checked: CheckedFile, url: str, report: Report, give_up: bool) -> None:
@@ -74,7 +82,7 @@ def statuses(app: str) -> list[WorkerStatus]:
     try:
         handle = serve.get_deployment_handle(ORCHESTRATOR, app)
         found: list[WorkerStatus] = handle.status.remote().result(timeout_s=5.0)
-    except (RayServeException, ray.exceptions.RayError, TimeoutError):
+    except (KeyError, RayServeException, ray.exceptions.RayError, TimeoutError):
         return []
     return found
 
@@ -103,7 +111,7 @@ def _check_application(name: str) -> None:
     application = serve.status().applications.get(name)
     if application is None or application.status is not ApplicationStatus.DEPLOY_FAILED:
         return
-    raise StartError(f"application {name} could not be deployed: {application.message.strip()}")
+    raise StartError(f"application {name} could not be deployed: {application.message.strip().splitlines()[-1]}")
 
 
 def _check_workers(found: tuple[WorkerStatus, ...]) -> None:

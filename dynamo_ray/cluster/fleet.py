@@ -31,7 +31,7 @@ from placement import reserve
 from placement.plan import PlacementError, WorkerPlacement, place
 from placement.reserve import Reservation, ReservationError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")
 
 HEALTH_TIMEOUT_S = 10.0
 LEASE_TIMEOUT_S = 60.0

@@ -13,14 +13,14 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dynamo_ray.cluster import processes, workload
-from dynamo_ray.cluster.node import Assignment, Description, EngineNode, Prepared
-from dynamo_ray.cluster.workload import Work
+from dynamo_ray.cluster.node import Assignment, Description, EngineNode
+from dynamo_ray.cluster.workload import Prepared, Work
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request.wire import WorkerInfo
 from placement.plan import WorkerPlacement
 from placement.reserve import Reservation
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")
 
 NAMESPACE = "dynamo_ray"
 STOP_TIMEOUT_S = 25.0

@@ -17,6 +17,7 @@ from dynamo_ray.cluster.ports import PortBlock, reserve_ports
 from dynamo_ray.cluster.presence import Presence, presence
 from dynamo_ray.cluster.processes import kill_predecessors
 from dynamo_ray.cluster.worker import WorkerServer
+from dynamo_ray.cluster.workload import Prepared
 from dynamo_ray.request.wire import WorkerInfo
 from placement import reserve
 from placement.plan import Bundle
@@ -46,14 +47,6 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """What the other nodes of the worker need to know before the engine starts."""
-
-    address: str
-    ports: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Description:
     """Enough for a new orchestrator to adopt this node."""
 
@@ -62,6 +55,11 @@ class Description:
     info: WorkerInfo | None
     """On the leader, once it serves."""
     pid: int
+
+
+def name_process(assignment: Assignment) -> None:
+    """What `ps` and `top` show; Ray's own title says only the class."""
+    ray._raylet.setproctitle(f"ray::EngineNode {assignment.worker}/{assignment.bundle.node_rank}")
 
 
 class EngineNode:
@@ -83,6 +81,7 @@ class EngineNode:
         Raises:
             OSError: There are not so many free ports in a row.
         """
+        name_process(self._assignment)
         self._lease = asyncio.create_task(self._keep_lease(), name="lease")
         await asyncio.to_thread(kill_predecessors)
         address = ray.util.get_node_ip_address()

@@ -36,7 +36,7 @@ from dynamo_ray.cluster.supervisor import Supervisor
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request.membership import Membership, WorkerStatus
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")
 
 WATCH_S = 10.0
 STOPPING_WATCH_S = 0.5
@@ -200,6 +200,8 @@ def application(config: DeploymentConfig) -> serve.Application:
         max_ongoing_requests=MAX_WATCHERS,
         graceful_shutdown_timeout_s=config.limits.drain_timeout_s + TEARDOWN_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2.0,
+        logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": 0},
     )
     return deployment.bind(config.model_dump(mode="json"))

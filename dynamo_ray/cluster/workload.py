@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from backends.engine import LaunchSpec, Role
 from dynamo_ray import __version__
-from dynamo_ray.cluster.node import Prepared
 from dynamo_ray.config import DeploymentConfig, RoleConfig
 from placement.parallelism import Parallelism
 from placement.plan import WorkerGroup, WorkerPlacement
@@ -23,6 +22,14 @@ class Work:
     config: RoleConfig
     group: WorkerGroup
     config_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the other nodes of the worker need to know before the engine starts."""
+
+    address: str
+    ports: tuple[int, ...]
 
 
 def worker_group(role: Role, config: RoleConfig, accelerator: str) -> WorkerGroup:
