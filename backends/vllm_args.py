@@ -182,7 +182,7 @@ def _cpu_environment(spec: LaunchSpec, interface: str | None) -> dict[str, str]:
     values = {
         "VLLM_TARGET_DEVICE": "cpu",
         # For the executor of several ranks, which starts a process each; the other one we bind ourselves.
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in shares)
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(shares) if spec.cores else "nobind",
         if spec.cores
         else "nobind",
         # GNU OpenMP spins while it waits: more threads than cores of its own make a step several times slower.

@@ -21,7 +21,7 @@ from dynamo_ray import models
 SMOLLM2 = "smollm2-135m-instruct"
 TINY_DEEPSEEK = "tiny-deepseek-v3"
 FP32 = {"dtype": "float32", "max_model_len": 2048, "kv_cache_memory_bytes": 256 * 1024 * 1024}
-CORES = {Role.AGGREGATED: (0,), Role.PREFILL: (0,), Role.DECODE: (1,)}
+CORES = {Role.AGGREGATED: (1,), Role.PREFILL: (0,), Role.DECODE: (1,)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""KV events as vLLM 0.32.0 sent them, recorded: stores, extensions, a salted prompt, evictions, a cleared cache."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch, decoder
+
+RECORDING: dict[str, Any] = json.loads((Path(__file__).parent / "recorded/vllm_0_32_kv_events.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[KVEventBatch]:
+    decode = decoder(RECORDING["wire_format"])
+    return [decode([bytes.fromhex(frame) for frame in frames]) for frames in RECORDING["frames"]]
+
+
+def test_batches_are_numbered_without_gaps_and_name_their_rank(batches: list[KVEventBatch]) -> None:
+    assert batches[0].sequence == 0
+    assert all(later.sequence == earlier.sequence + 1 for earlier, later in pairwise(batches))
+    assert {batch.dp_rank for batch in batches} == {0}
+
+
+def test_a_prompt_and_its_extension_form_one_chain(batches: list[KVEventBatch]) -> None:
+    (first,), (extension,) = batches[0].events, batches[1].events
+    assert isinstance(first, BlockStored)
+    assert isinstance(extension, BlockStored)
+    size = RECORDING["block_size"]
+    assert first.parent_block_hash is None
+    assert first.token_ids == RECORDING["prompts"]["first"][: 2 * size]
+    assert extension.parent_block_hash == first.block_hashes[-1]
+    assert extension.token_ids == RECORDING["prompts"]["extended"][2 * size : 3 * size]
+
+
+def test_the_salt_of_a_prompt_is_known(batches: list[KVEventBatch]) -> None:
+    (salted,) = batches[2].events
+    assert isinstance(salted, BlockStored)
+    assert salted.cache_salt == RECORDING["salt"]
+    assert salted.token_ids == RECORDING["prompts"]["salted"][: 2 * RECORDING["block_size"]]
+
+
+def test_what_is_removed_was_stored_before(batches: list[KVEventBatch]) -> None:
+    held: set[int | bytes] = set()
+    num_removed = num_cleared = 0
+    for event in (event for batch in batches for event in batch.events):
+        if isinstance(event, BlockStored):
+            held |= set(event.block_hashes)
+        elif isinstance(event, BlockRemoved):
+            assert set(event.block_hashes) <= held
+            held -= set(event.block_hashes)
+            num_removed += len(event.block_hashes)
+        else:
+            assert isinstance(event, AllBlocksCleared)
+            held.clear()
+            num_cleared += 1
+    assert (num_removed, num_cleared, len(held)) == (11, 1, 1)

@@ -1,0 +1,118 @@
+"""What only a real vLLM engine can get wrong: its processes, its memory, its failures to start."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from engines import TINY_DEEPSEEK, Site, answer, engine_processes, greedy, prompt, spec
+
+from backends.engine import EngineError, EngineStartError, Role
+from backends.vllm import VLLMEngine
+from dynamo_ray import models
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
+
+MIB = 1024 * 1024
+
+START_AND_WAIT = """
+import asyncio, signal, sys
+sys.path.insert(0, {support!r})
+from engines import TINY_DEEPSEEK, spec
+from backends.vllm import VLLMEngine
+
+async def main():
+    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, attn_dp=2, moe_ep=2, cores=(0, 1)))
+    await engine.start()
+    print("pids", *(process.pid for process in engine.processes()), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def children() -> set[psutil.Process]:
+    """Ours, but for multiprocessing's resource tracker, which is Python's and ends with us."""
+    found = psutil.Process().children(recursive=True)
+    return {child for child in found if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+async def test_an_idle_prefill_engine_takes_next_to_no_cpu(vllm_site: Site) -> None:
+    """NIXL's progress thread polls without pause unless repaired."""
+    (process,) = engine_processes(vllm_site.prefill)
+    before, started = sum(process.cpu_times()[:2]), time.monotonic()
+    await asyncio.sleep(2.0)  # what is measured is time passing
+    used = (sum(process.cpu_times()[:2]) - before) / (time.monotonic() - started)
+    assert used < 0.25
+
+
+async def test_a_worker_stays_within_its_memory(vllm_site: Site) -> None:
+    """fp32 SmolLM2 with 256 MiB of KV: a pair, Ray and the ingress are to fit 6 GiB."""
+    (core,) = engine_processes(vllm_site.decode)
+    pss_bytes = core.memory_full_info().pss
+    assert pss_bytes < 1800 * MIB, f"{pss_bytes / MIB:.0f} MiB"
+
+
+async def test_an_engine_computes_on_its_own_cores(vllm_site: Site) -> None:
+    for engine in (vllm_site.prefill, vllm_site.decode):
+        assert isinstance(engine, VLLMEngine)
+        (process,) = engine_processes(engine)
+        assert tuple(process.cpu_affinity()) == engine.spec.cores
+
+
+async def test_a_token_id_outside_the_vocabulary_is_refused_and_not_computed(vllm_site: Site) -> None:
+    with pytest.raises(EngineError) as refusal:
+        await answer(vllm_site.aggregated, [5, 10**6], greedy(1))
+    assert (refusal.value.retryable, refusal.value.field) == (False, "prompt")
+    assert (await answer(vllm_site.aggregated, [5, 10], greedy(1))).tokens
+
+
+async def test_the_cause_of_a_failed_start_is_named_and_nothing_is_left() -> None:
+    before = children()
+    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, engine_args={"kv_cache_memory_bytes": 1 * MIB}))
+    with pytest.raises(EngineStartError, match="KV cache"):
+        await engine.start()
+    await engine.stop()
+    assert children() <= before
+
+
+async def test_a_start_that_is_given_up_leaves_nothing() -> None:
+    before = children()
+    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK))
+    start = asyncio.create_task(engine.start())
+    while not children() - before:
+        assert not start.done(), start
+        await asyncio.sleep(0.05)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert children() <= before
+    await engine.stop()
+
+
+def test_nothing_outlives_a_killed_process() -> None:
+    """SIGKILL for the process that started a two-rank engine: both ranks and their coordinator end at once."""
+    models.prepare(TINY_DEEPSEEK)
+    support = str(Path(__file__).parents[1] / "support")
+    command = [sys.executable, "-c", START_AND_WAIT.format(support=support)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL) as starter:
+        try:
+            assert starter.stdout is not None
+            words = next(line for line in starter.stdout if line.startswith("pids")).split()[1:]
+            processes = [psutil.Process(int(pid)) for pid in words]
+            assert len(processes) == 3
+        finally:
+            starter.send_signal(signal.SIGKILL)
+    assert psutil.wait_procs(processes, timeout=2.0)[1] == []
+
+
+async def test_a_role_that_does_not_fit_the_leg_is_refused(vllm_site: Site) -> None:
+    with pytest.raises(EngineError) as refusal:
+        await answer(vllm_site.decode, prompt(5), greedy(1), leg=Role.PREFILL)
+    assert (refusal.value.retryable, refusal.value.field) == (False, "leg")

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from backends.engine import EngineError, EngineInfo, GenerateRequest, KVHandoff, Role, Sampling, TokenLogprob
+from backends.vllm_requests import PromptSources, check, chunk, prefill_chunk, sampling_arguments, token_logprobs
+
+INFO = EngineInfo("vllm", "0.32.0", "name", Role.DECODE, 2, 32, 128, 100, "sequential", max_logprobs=20)
+HANDOFF = KVHandoff({"remote_request_id": "x"})
+
+
+@dataclass
+class Completion:
+    token_ids: list[int]
+    finish_reason: str | None = None
+    logprobs: list[dict[int, Any]] | None = None
+
+
+@dataclass
+class Entry:
+    logprob: float
+    rank: int
+
+
+def request(leg: Role = Role.AGGREGATED, token_ids: list[int] | None = None, **fields: Any) -> GenerateRequest:
+    sampling = fields.pop("sampling", Sampling(max_tokens=5))
+    return GenerateRequest("r", [1, 2, 3] if token_ids is None else token_ids, sampling, leg, **fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "made"),
+    [
+        ("prompt", request(token_ids=[])),
+        ("prompt", request(token_ids=[1] * 128)),
+        ("prompt", request(token_ids=[1, 1000])),
+        ("prompt", request(token_ids=[-1])),
+        ("dp_rank", request(dp_rank=2)),
+        ("leg", request(Role.PREFILL)),
+        ("handoff", request(Role.DECODE)),
+        ("handoff", request(handoff=HANDOFF)),
+        ("logprobs", request(sampling=Sampling(max_tokens=1, logprobs=21))),
+        ("max_tokens", request(sampling=Sampling(max_tokens=0))),
+    ],
+)
+def test_what_can_never_run_is_refused_with_its_field(field: str, made: GenerateRequest) -> None:
+    with pytest.raises(EngineError) as refusal:
+        check(made, INFO, vocab_size=1000)
+    assert (refusal.value.retryable, refusal.value.field) == (False, field)
+
+
+def test_what_can_run_is_not_refused() -> None:
+    check(request(token_ids=[999] * 127, dp_rank=1), INFO, vocab_size=1000)
+    check(request(Role.DECODE, handoff=HANDOFF), INFO, vocab_size=1000)
+
+
+def test_a_prefill_leg_asks_for_one_token_and_a_handoff_whatever_was_asked_for() -> None:
+    arguments = sampling_arguments(request(Role.PREFILL, sampling=Sampling(max_tokens=50, stop_token_ids=(1,))))
+    assert (arguments["max_tokens"], arguments["ignore_eos"]) == (1, True)
+    assert "stop_token_ids" not in arguments
+    assert arguments["extra_args"]["kv_transfer_params"]["do_remote_decode"] is True
+
+
+def test_a_decode_leg_passes_the_handoff_on_verbatim() -> None:
+    arguments = sampling_arguments(request(Role.DECODE, handoff=HANDOFF))
+    assert arguments["extra_args"] == {"kv_transfer_params": HANDOFF.params}
+    assert "extra_args" not in sampling_arguments(request())
+
+
+def test_the_first_chunk_says_where_the_prompts_kv_came_from() -> None:
+    sources = PromptSources(cached_tokens=32, transferred_tokens=64)
+    decoded = chunk(request(Role.DECODE, handoff=HANDOFF), Completion([7]), sources)
+    assert (decoded.cached_tokens, decoded.transferred_tokens) == (32, 64)
+    whole = chunk(request(), Completion([7]), sources)
+    assert (whole.cached_tokens, whole.transferred_tokens) == (32, None)
+    later = chunk(request(), Completion([7]), None)
+    assert (later.cached_tokens, later.transferred_tokens) == (None, None)
+
+
+def test_kv_that_did_not_arrive_is_an_error_to_retry() -> None:
+    with pytest.raises(EngineError, match="KV did not arrive") as lost:
+        chunk(request(Role.DECODE, handoff=HANDOFF), Completion([], "error"), None)
+    assert lost.value.retryable
+
+
+def test_a_prefill_leg_without_a_handoff_is_an_error() -> None:
+    @dataclass
+    class Output:
+        kv_transfer_params: dict[str, Any] | None
+
+    with pytest.raises(EngineError, match="without a hand-off"):
+        prefill_chunk(request(Role.PREFILL), Output(None), None)
+    made = prefill_chunk(request(Role.PREFILL), Output({"a": 1}), PromptSources(32, 0))
+    assert (made.token_ids, made.finish_reason, made.cached_tokens) == ([], "length", 32)
+    assert made.handoff == KVHandoff({"a": 1})
+
+
+def test_the_chosen_token_is_among_the_alternatives_only_by_its_rank() -> None:
+    positions = [{9: Entry(-3.0, 40), 5: Entry(-0.5, 1), 6: Entry(-1.0, 2)}]
+    assert token_logprobs([9], positions, 2) == [TokenLogprob(9, -3.0, [(5, -0.5), (6, -1.0)])]
+    assert token_logprobs([9], [{9: Entry(-3.0, 40)}], 0) == [TokenLogprob(9, -3.0, [])]
