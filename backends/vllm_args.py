@@ -183,8 +183,6 @@ def _cpu_environment(spec: LaunchSpec, interface: str | None) -> dict[str, str]:
         "VLLM_TARGET_DEVICE": "cpu",
         # For the executor of several ranks, which starts a process each; the other one we bind ourselves.
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(shares) if spec.cores else "nobind",
-        if spec.cores
-        else "nobind",
         # GNU OpenMP spins while it waits: more threads than cores of its own make a step several times slower.
         "OMP_NUM_THREADS": str(max(1, len(spec.cores) // ranks)),
         "UCX_TLS": "tcp,sm,self",
