@@ -12,7 +12,7 @@ REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 6
 """Prompt tokens an answer is decoded after, where decoding depends on what stands before (SentencePiece strips the
 first token's space); as many as vLLM takes (v1/engine/detokenizer.py, 5 and the last)."""
-MAX_HELD_TOKENS = 16
+MAX_HELD_TOKENS = 32
 """A character is at most 4 bytes, each at most a token; what is still undecided after this many never will be."""
 
 
@@ -78,40 +78,45 @@ class ByteLevelDetokeniser:
 
 
 class WindowDetokeniser:
-    """For every other tokenizer: decodes the last tokens again with the new ones and returns what is new.
+    """For every other tokenizer: decodes the last tokens again with the new one and returns what is new.
 
     Exact where a token's text depends on its neighbours only, and for valid UTF-8. A byte-fallback decoder turns a
     whole run of bytes into U+FFFD when one of them is invalid; here those already shown stay. `DecodeStream` of
     `tokenizers` works alike, but has no way to flush, holds undecodable bytes for ever and raises on such runs.
     """
 
-    __slots__ = ("_context", "_num_shown", "_tokenizer", "_window")
+    __slots__ = ("_context", "_context_text", "_held", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt[-CONTEXT_TOKENS:])
-        self._context = tokenizer.decode(self._window)
-        if self._context.endswith(REPLACEMENT):
-            self._window, self._context = [], ""
-        self._num_shown = len(self._window)
+        self._context = list(prompt[-CONTEXT_TOKENS:])
+        self._context_text: str = tokenizer.decode(self._context)
+        if self._context_text.endswith(REPLACEMENT):
+            self._context, self._context_text = [], ""
+        self._held: list[int] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
-        self._window += token_ids
-        text = self._tokenizer.decode(self._window)
-        undecided = text.endswith(REPLACEMENT) and len(self._window) - self._num_shown <= MAX_HELD_TOKENS
-        return "" if undecided else self._show(text)
+        return "".join([self._push(token_id) for token_id in token_ids])
 
-    def finish(self) -> str:
-        return self._show(self._tokenizer.decode(self._window))
-
-    def _show(self, text: str) -> str:
-        fresh = text[len(self._context) :]
+    def _push(self, token_id: int) -> str:
+        self._held.append(token_id)
+        text: str = self._tokenizer.decode([*self._context, *self._held])
+        if text.endswith(REPLACEMENT):
+            return "" if len(self._held) < MAX_HELD_TOKENS else self.finish()
+        fresh = text[len(self._context_text) :]
         if fresh:
             # What has text of its own is context enough for what follows; a special token has none.
-            del self._window[: self._num_shown]
-            self._num_shown = len(self._window)
-            self._context = self._tokenizer.decode(self._window)
+            self._context, self._held = self._held, []
+            self._context_text = self._tokenizer.decode(self._context)
+        elif len(self._held) >= MAX_HELD_TOKENS:
+            self._held.clear()  # special tokens without end, as under ignore_eos
         return fresh
+
+    def finish(self) -> str:
+        # Without the context: a run of bytes decodes to nothing but U+FFFD, the ones already shown among them.
+        text: str = self._tokenizer.decode(self._held)
+        self._held = []
+        return text
 
 
 class StopStrings:
