@@ -8,10 +8,11 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import ray
 
 from dynamo_ray.cli import processes
 
@@ -54,15 +55,19 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
-        # Ray listens on every interface. A token of its own keeps others out, and leaves none in the home folder.
-        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray listens on every interface, and asks for a token; one of its own leaves none in the home folder.
+        values["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     return values
 
 
 @contextlib.contextmanager
 def variables(values: dict[str, str]) -> Iterator[None]:
-    """Set in this process's environment, and as before at the end. RAY_ADDRESS is left out meanwhile."""
+    """Set in this process's environment, and as before at the end. RAY_ADDRESS is left out meanwhile.
+
+    For the processes that Ray starts. This one has read its own when it imported Ray: under
+    RAY_SERVE_THROUGHPUT_OPTIMIZED its handles would work inside an event loop only.
+    """
     before = {name: os.environ.get(name) for name in (*values, "RAY_ADDRESS")}
     os.environ.update(values)
     os.environ.pop("RAY_ADDRESS", None)
@@ -79,9 +84,9 @@ def variables(values: dict[str, str]) -> Iterator[None]:
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[str]:
     """Ray, as the address other drivers reach it at; at the end nothing that it started is left."""
-    import ray
-
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Its warning says that a token is asked for, which is what we want.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         ray.init(
             address="local",

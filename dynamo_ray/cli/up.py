@@ -13,7 +13,7 @@ import msgspec
 import psutil
 import yaml
 
-from dynamo_ray.cli import local_ray, preflight, processes, state
+from dynamo_ray.cli import local_ray, preflight, processes, serving, state
 from dynamo_ray.cli.checked import CheckedFile, check_file
 from dynamo_ray.cli.processes import PeakMemory
 from dynamo_ray.config import DeploymentConfig
@@ -39,8 +39,6 @@ class Deployment:
 
     def statuses(self) -> list[WorkerStatus]:
         """Every worker, as its orchestrator sees it now."""
-        from dynamo_ray.cli import serving
-
         return [status for name in self.names for status in serving.statuses(name)]
 
     def close(self) -> None:
@@ -87,9 +85,6 @@ def up(
     """
     with contextlib.ExitStack() as opened:
         folder = opened.enter_context(local_ray.scratch())
-        if address is None:
-            # Ray and Serve read their environment once, when they are first imported.
-            opened.enter_context(local_ray.variables(local_ray.environment(folder)))
         checked = check_file(_as_file(config, folder))
         chosen = checked.port if port is None else port
         if address is None:
@@ -112,8 +107,6 @@ def _serve(
     opened: contextlib.ExitStack,
     give_up: bool,
 ) -> None:
-    from dynamo_ray.cli import serving
-
     checked = deployment.checked
     drain_s = max(application.config.limits.drain_timeout_s for application in checked.applications)
     opened.callback(serving.undeploy, deployment.names, drain_s + TEARDOWN_MARGIN_S)
@@ -144,9 +137,8 @@ def follow(deployment: Deployment, ended: Callable[[float], bool], every_s: floa
 def _connect(address: str | None, folder: Path, progress: Callable[[str], None], opened: contextlib.ExitStack) -> str:
     if address is None:
         progress("starting Ray")
+        opened.enter_context(local_ray.variables(local_ray.environment(folder)))
         return opened.enter_context(local_ray.running(folder))
-    from dynamo_ray.cli import serving
-
     opened.enter_context(serving.driver(address))
     return address
 

@@ -197,8 +197,10 @@ async def _kill_one(name: str) -> None:
 def _create(work: Work, assignment: Assignment, reservation: Reservation) -> Actor:
     session, bundle = ray.get_runtime_context().gcs_address, assignment.bundle
     name = actor_name(assignment.app, assignment.worker, bundle.node_rank)
+    # Ray titles the process after the class: `ps` then says which worker it is.
+    titled = type(f"EngineNode {assignment.worker}/{bundle.node_rank}", (EngineNode,), {})
     return (
-        ray.remote(EngineNode)
+        ray.remote(titled)
         .options(
             name=name,
             namespace=NAMESPACE,

@@ -57,11 +57,6 @@ class Description:
     pid: int
 
 
-def name_process(assignment: Assignment) -> None:
-    """What `ps` and `top` show; Ray's own title says only the class."""
-    ray._raylet.setproctitle(f"ray::EngineNode {assignment.worker}/{assignment.bundle.node_rank}")
-
-
 class EngineNode:
     """Life: prepare, start, then sentinel / renew / describe at will, drain, stop. All on one event loop."""
 
@@ -81,7 +76,6 @@ class EngineNode:
         Raises:
             OSError: There are not so many free ports in a row.
         """
-        name_process(self._assignment)
         self._lease = asyncio.create_task(self._keep_lease(), name="lease")
         await asyncio.to_thread(kill_predecessors)
         address = ray.util.get_node_ip_address()
