@@ -255,10 +255,8 @@ def test_min_tokens_above_the_limit_are_refused() -> None:
 
 def test_text_parts_become_lines() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [
-        {"role": "user", "content": parts, "name": "eve"},
-        told,
-    ]
+    told = {"role": "tool", "content": "x", "tool_call_id": "1"}
+    messages = [{"role": "user", "content": parts, "name": "eve"}, told]
     assert openai.template_messages(chat(messages=messages)) == [
         {"role": "user", "content": "a\nb", "name": "eve"},
         told,
