@@ -1,0 +1,264 @@
+"""Placement, gangs and the orchestrator on a real Ray of several fake nodes, with simulated engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+pytest.importorskip("ray")
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from dynamo_ray.cluster import gang, orchestrator
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.request.membership import Membership, Phase
+from placement import reserve
+from placement.parallelism import Parallelism
+from placement.plan import PlacementError, WorkerGroup, WorkerPlacement, place
+from placement.reserve import ReservationError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TIMEOUT_S = 90.0
+APP = "control"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head for Serve and two nodes of 4 CPUs each that notice each other's death within 2 s."""
+    environment = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
+        "RAY_health_check_initial_delay_ms": "500",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        made = Cluster()
+        made.add_node(num_cpus=0, include_dashboard=False, resources={"head": 1})
+        for _ in range(2):
+            made.add_node(num_cpus=4)
+        ray.init(address=made.address, namespace="serve", log_to_driver=False)
+        serve.start(proxy_location="Disabled")
+        try:
+            yield made
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+            made.shutdown()
+
+
+def config(**changes: Any) -> DeploymentConfig:
+    given: dict[str, Any] = {
+        "model": {"name": "m", "path": "/nowhere"},
+        "backend": "simulated",
+        "aggregated": {"replicas": 1, "resources": {"cpus": 1.0}},
+    }
+    return DeploymentConfig.model_validate({**given, **changes})
+
+
+class Deployed:
+    """The orchestrator alone: what ingresses see of it."""
+
+    def __init__(self, checked: DeploymentConfig) -> None:
+        self.handle = serve.run(orchestrator.application(checked), name=APP, route_prefix=None)
+        self.version = 0
+
+    def until(self, condition: Callable[[Membership], bool], what: str) -> Membership:
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            try:
+                membership: Membership = self.handle.watch.remote(self.version).result(timeout_s=20.0)
+            except (ray.exceptions.RayError, TimeoutError):
+                continue  # the orchestrator is being replaced
+            self.version = membership.version
+            if condition(membership):
+                return membership
+        raise AssertionError(f"not within {TIMEOUT_S} s: {what}; last: {membership.statuses}")
+
+    def ready(self, count: int) -> Membership:
+        return self.until(lambda seen: len(seen.workers) == count, f"{count} workers serve")
+
+
+@contextlib.contextmanager
+def deployed(checked: DeploymentConfig) -> Iterator[Deployed]:
+    try:
+        yield Deployed(checked)
+    finally:
+        serve.delete(APP)
+        assert gang.actor_names(APP) == []
+        assert run(lambda: reserve.find(f"{APP}/")) == {}
+
+
+def run(work: Callable[[], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        return await work()
+
+    return asyncio.run(main())
+
+
+def pids() -> dict[str, list[int]]:
+    nodes = run(lambda: gang.find(APP))
+    return {worker: [description.pid for _, description in found] for worker, found in nodes.items()}
+
+
+def group_ids() -> dict[str, str]:
+    return {name: held.group.id.hex() for name, held in run(lambda: reserve.find(f"{APP}/")).items()}
+
+
+def two_nodes(cpus: float = 3.0) -> WorkerGroup:
+    return WorkerGroup("wide", 1, 2, Parallelism(attn_dp=2, moe_ep=2), cpus=cpus)
+
+
+async def test_a_plan_is_reserved_as_planned_and_released(cluster: Cluster) -> None:
+    placement = place(reserve.observe(), two_nodes(), "wide-0")
+    reservation = await reserve.reserve("t/wide-0", placement)
+    assert reservation.node_ids == tuple(bundle.node_id for bundle in placement.bundles)
+    assert len(set(reservation.node_ids)) == 2
+    with pytest.raises(PlacementError, match="the largest free slot is 1 CPU"):
+        place(reserve.observe(), two_nodes(), "wide-1")
+    await reserve.release("t/wide-0")
+    assert await reserve.find("t/") == {}
+
+
+async def test_what_is_infeasible_is_said_at_once_and_leaves_nothing(cluster: Cluster) -> None:
+    planned = place(reserve.observe(), two_nodes(), "wide-0")
+    gone = [dataclass_replace(bundle, node_id="f" * 56) for bundle in planned.bundles]
+    began_s = time.monotonic()
+    with pytest.raises(ReservationError, match="infeasible"):
+        await reserve.reserve("t/wide-0", WorkerPlacement("wide-0", "wide", tuple(gone)), timeout_s=30.0)
+    assert time.monotonic() - began_s < 5.0
+    assert await reserve.find("t/") == {}
+
+
+async def test_what_another_tenant_holds_is_said_and_leaves_nothing(cluster: Cluster) -> None:
+    planned = place(reserve.observe(), two_nodes(), "wide-0")
+    await reserve.reserve("other", planned)
+    with pytest.raises(ReservationError, match="something else holds it"):
+        await reserve.reserve("t/wide-0", planned, timeout_s=0.5)
+    await reserve.release("other")
+    assert await reserve.find("t/") == {}
+
+
+async def test_a_cancelled_reservation_leaves_nothing(cluster: Cluster) -> None:
+    planned = place(reserve.observe(), two_nodes(), "wide-0")
+    await reserve.reserve("other", planned)
+    task = asyncio.create_task(reserve.reserve("t/wide-0", planned, timeout_s=60.0))
+    while not await reserve.find("t/"):
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await reserve.find("t/") == {}
+    await reserve.release("other")
+
+
+def dataclass_replace(bundle: Any, **changes: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(bundle, **changes)
+
+
+def test_a_killed_worker_is_rebuilt_with_a_new_epoch_in_the_same_group(cluster: Cluster) -> None:
+    with deployed(config(aggregated={"replicas": 2})) as it:
+        it.ready(2)
+        groups, before = group_ids(), pids()
+        os.kill(before["aggregated-0"][0], signal.SIGKILL)
+        it.until(lambda seen: len(seen.workers) == 1, "the dead worker is no member")
+        after = {worker.worker: worker.epoch for worker in it.ready(2).workers}
+        assert after == {"aggregated-0": 2, "aggregated-1": 1}
+        assert group_ids() == groups
+        assert pids()["aggregated-1"] == before["aggregated-1"]
+
+
+def test_one_dead_rank_ends_its_whole_gang(cluster: Cluster) -> None:
+    wide = {"nodes": 2, "parallelism": {"attn_dp": 2, "moe_ep": 2}}
+    with deployed(config(aggregated=wide)) as it:
+        it.ready(1)
+        before = pids()["aggregated-0"]
+        assert len(before) == 2
+        os.kill(before[1], signal.SIGKILL)  # not the leader
+        it.until(lambda seen: seen.workers == (), "the gang is no member")
+        assert it.ready(1).workers[0].epoch == 2
+        assert set(pids()["aggregated-0"]).isdisjoint(before)
+        assert not psutil.pid_exists(before[0])
+
+
+def test_a_restarted_orchestrator_adopts_the_same_processes(cluster: Cluster) -> None:
+    with deployed(config(aggregated={"replicas": 2})) as it:
+        first = it.ready(2)
+        before = pids()
+        actor = next(a for a in serve_replicas() if "Orchestrator" in a)
+        ray.kill(ray.get_actor(actor, "serve"), no_restart=False)
+        again = it.until(lambda seen: seen.version > first.version + 1000 and len(seen.workers) == 2, "adopted")
+        assert {worker.epoch for worker in again.workers} == {1}
+        assert again.secret == first.secret
+        assert pids() == before
+
+
+def serve_replicas() -> list[str]:
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    return [a["name"] for a in listed if a["namespace"] == "serve" and a["name"].startswith("SERVE_REPLICA")]
+
+
+def test_a_changed_role_is_replaced_and_an_unchanged_one_kept(cluster: Cluster) -> None:
+    split = {"aggregated": None, "prefill": {"replicas": 1}, "decode": {"replicas": 1}}
+    with deployed(config(**split)) as it:
+        it.ready(2)
+        before = pids()
+        split["decode"] = {"replicas": 1, "engine_args": {"block_size": 32}}
+        serve.run(orchestrator.application(config(**split)), name=APP, route_prefix=None)
+        changed = it.until(
+            lambda seen: {w.engine.block_size for w in seen.workers} == {16, 32}, "decode has the new block size"
+        )
+        assert {worker.worker: worker.epoch for worker in changed.workers} == {"prefill-0": 1, "decode-0": 2}
+        assert pids()["prefill-0"] == before["prefill-0"]
+
+
+def test_what_does_not_fit_is_explained_and_placed_when_a_node_comes(cluster: Cluster) -> None:
+    with deployed(config(aggregated={"resources": {"cpus": 6.0}})) as it:
+        seen = it.until(lambda seen: seen.statuses[0].phase is Phase.BACKOFF, "explained")
+        assert "aggregated-0 needs a node with 6 CPUs free" in seen.statuses[0].detail
+        assert "the largest free slot is 4 CPUs" in seen.statuses[0].detail
+        node = cluster.add_node(num_cpus=8)
+        it.ready(1)
+    cluster.remove_node(node)
+
+
+def test_a_worker_of_a_lost_node_moves_to_another(cluster: Cluster) -> None:
+    node = cluster.add_node(num_cpus=8)
+    try:
+        with deployed(config(aggregated={"resources": {"cpus": 3.0}})) as it:
+            it.ready(1)
+            groups = group_ids()
+            cluster.remove_node(node, allow_graceful=False)
+            moved = it.until(lambda seen: any(w.epoch > 1 for w in seen.workers), "it serves elsewhere")
+            assert len(moved.workers) == 1
+            assert group_ids() != groups
+    finally:
+        with contextlib.suppress(Exception):
+            cluster.remove_node(node)
+
+
+def test_an_engine_that_cannot_start_is_explained_and_leaves_nothing(cluster: Cluster) -> None:
+    with deployed(config(aggregated={"engine_args": {"block_size": "x"}})) as it:
+        seen = it.until(lambda seen: seen.statuses[0].restarts >= 2, "it failed twice")
+        assert "engine_args.block_size" in seen.statuses[0].detail
+        assert seen.workers == ()
+
+
+def test_deleting_the_application_while_a_worker_starts_leaves_nothing(cluster: Cluster) -> None:
+    with deployed(config(aggregated={"replicas": 2, "engine_args": {"start_s": 60.0}})) as it:
+        it.until(lambda seen: all(s.phase is Phase.STARTING for s in seen.statuses), "both are starting")

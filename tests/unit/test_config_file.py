@@ -1,0 +1,106 @@
+"""Mistakes in a file: all at once, each with its field, its line and what to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dynamo_ray import config_file
+from dynamo_ray.errors import ConfigError, Problem
+
+GOOD = """\
+applications:
+  - name: a
+    import_path: dynamo_ray.app:build
+    args:
+      model: {name: m, path: /m}
+      backend: simulated
+      aggregated: &role
+        replicas: 2
+"""
+
+
+def problems(tmp_path: Path, text: str) -> list[Problem]:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return list(config_file.applications(config_file.read(file))[1])
+
+
+def test_a_good_file_has_no_problems_and_one_application(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(GOOD)
+    found, wrong = config_file.applications(config_file.read(file))
+    assert wrong == ()
+    assert [(application.name, application.config.backend) for application in found] == [("a", "simulated")]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "field", "line", "message"),
+    [
+        ("replicas: 2", "replcas: 2", "applications[0].args.aggregated.replcas", 8, "did you mean `replicas`?"),
+        ("replicas: 2", "replicas: 0", "applications[0].args.aggregated.replicas", 8, "it is 0"),
+        ("simulated", "vlm", "applications[0].args.backend", 6, "'simulated' or 'vllm'"),
+        ("name: m, ", "", "applications[0].args.model.name", 5, "missing"),
+        (
+            "replicas: 2",
+            "engine_args: {block_sise: 1}",
+            "applications[0].args.aggregated.engine_args.block_sise",
+            8,
+            "block_size",
+        ),
+        ("replicas: 2", "replicas: 2\n        replicas: 3", "applications[0].args.aggregated.replicas", 9, "twice"),
+        (
+            "replicas: 2",
+            "parallelism: {attn_dp: 3, moe_ep: 2}",
+            "applications[0].args.aggregated.parallelism",
+            8,
+            "does not divide",
+        ),
+    ],
+)
+def test_each_mistake_has_its_field_its_line_and_the_fix(
+    tmp_path: Path, before: str, after: str, field: str, line: int, message: str
+) -> None:
+    assert before in GOOD
+    (problem,) = problems(tmp_path, GOOD.replace(before, after))
+    assert (problem.field, problem.line) == (field, line)
+    assert message in problem.message
+
+
+def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("simulated", "vlm").replace("replicas", "replcas").replace("path: /m", "pth: /m")
+    assert {problem.line for problem in problems(tmp_path, text)} == {5, 6, 8}
+
+
+def test_what_we_own_of_an_engine_may_not_be_set(tmp_path: Path) -> None:
+    text = GOOD.replace("simulated", "vllm").replace("replicas: 2", "engine_args: {tensor_parallel_size: 2}")
+    (problem,) = problems(tmp_path, text)
+    assert problem.field.endswith("engine_args.tensor_parallel_size")
+    assert "parallelism.attn_tp" in problem.message
+
+
+def test_args_that_are_no_mapping_are_said(tmp_path: Path) -> None:
+    text = "applications:\n  - {name: a, import_path: 'dynamo_ray.app:build'}\n"
+    (problem,) = problems(tmp_path, text)
+    assert (problem.field, problem.line) == ("applications[0].args", 2)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "\t- x", "a: *nowhere", "? [x]\n: {}"])
+def test_what_is_no_yaml_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        config_file.read(file)
+
+
+def test_a_file_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
+        config_file.read(tmp_path / "nothing.yaml")
+
+
+def test_anchors_and_merge_keys_count_as_written_out(tmp_path: Path) -> None:
+    text = GOOD + "        resources: &r {cpus: 0.5}\n      limits: {max_retries: 1}\nx: {<<: {a: 1}, b: 2}\n"
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert config_file.read(file).value["x"] == {"a": 1, "b": 2}

@@ -1,0 +1,51 @@
+"""DeploymentConfig -> workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backends.engine import Role
+from dynamo_ray.cluster.workload import Prepared, config_hash, launch_specs, num_ports, works
+from dynamo_ray.config import DeploymentConfig
+from placement.plan import plan
+from placement.topology import Node, Resources, Topology
+
+
+def config(**changes: Any) -> DeploymentConfig:
+    given: dict[str, Any] = {
+        "model": {"name": "m", "path": "/m"},
+        "backend": "simulated",
+        "prefill": {"replicas": 2},
+        "decode": {"nodes": 2, "parallelism": {"attn_dp": 4, "moe_ep": 4}, "resources": {"memory_gib": 1}},
+    }
+    return DeploymentConfig.model_validate({**given, **changes})
+
+
+def test_wide_workers_come_first() -> None:
+    assert list(works(config())) == ["decode-0", "prefill-0", "prefill-1"]
+
+
+def test_a_hash_changes_with_what_shapes_the_worker_and_only_with_that() -> None:
+    before = config_hash(config(), Role.DECODE)
+    assert config_hash(config(prefill={"replicas": 5}), Role.DECODE) == before
+    assert config_hash(config(router={"policy": "round_robin"}), Role.DECODE) == before
+    assert config_hash(config(model={"name": "m", "path": "/other"}), Role.DECODE) != before
+    assert config_hash(config(decode={"engine_args": {"block_size": 32}}), Role.DECODE) != before
+    more = {"nodes": 2, "parallelism": {"attn_dp": 4, "moe_ep": 4}, "resources": {"memory_gib": 1}, "replicas": 3}
+    assert config_hash(config(decode=more), Role.DECODE) == before
+
+
+def test_every_node_is_told_its_rank_its_ports_and_the_leader_s() -> None:
+    checked = config()
+    work = works(checked)["decode-0"]
+    free = Resources(8.0, 0, 2**34)
+    topology = Topology(tuple(Node(str(i), f"10.0.0.{i}", free, free) for i in range(2)))
+    placement = plan(topology, [work.group]).of("decode-0")
+    prepared = [Prepared(f"10.0.0.{i}", (100 * i + 1, 100 * i + 2)) for i in range(2)]
+    first, second = launch_specs(checked, work, placement, prepared)
+    assert (first.node_rank, second.node_rank, second.num_nodes) == (0, 1, 2)
+    assert second.leader_address == "10.0.0.0"
+    assert (second.ports, second.leader_ports) == ((101, 102), (1, 2))
+    assert (second.attn_dp, second.moe_ep, second.moe_tp) == (4, 4, 1)
+    assert placement.bundles[0].resources == Resources(1.0, 0, 2**30)
+    assert num_ports(work.config) >= 2
