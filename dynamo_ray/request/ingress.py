@@ -37,7 +37,8 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> Front:
         config = self._config
-        settings = Settings(config.model.name, config.limits.max_body_bytes, config.api_keys)
+        limits = config.limits
+        settings = Settings(config.model.name, limits.max_body_bytes, config.api_keys, limits.request_timeout_s)
         telemetry = Telemetry(self._dispatch.readings)
         return Front(self._dispatch, Tokeniser(config.model.folder), settings, telemetry)
 
@@ -56,5 +57,7 @@ def application(config: DeploymentConfig, orchestrator: serve.Application) -> se
         name="Ingress",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0.1},
+        # A line a request costs more CPU than a short request's routing; /metrics counts them.
+        logging_config={"enable_access_log": False},
     )
     return deployment.bind(config.model_dump(mode="json"), orchestrator)

@@ -1,0 +1,259 @@
+"""What a token costs on its way out: our framed TCP data plane against a Serve handle, in one run.
+
+    python tests/bench/bench_ingress.py [--streams 64] [--tokens 200] [--step-ms 20] [--check]
+
+Both applications are the same HTTP front in the same Serve (HAProxy mode, one ingress replica) over the same
+simulated engine in one worker process, paced to one token a step. They differ in how tokens come from the worker to
+the ingress: `tcp` is the product's data plane; `handle` is a streaming `DeploymentHandle`, over gRPC (Serve's
+choice in throughput-optimised mode) and over Ray's object transport (Serve's default). CPU is user + system time of the
+named processes, over the load's duration, per token. With --check, exit 1 unless the targets below are met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+}
+
+import psutil
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from backends.engine import GenerateRequest, LaunchSpec, Role, TokenChunk
+from backends.simulated import SimulatedEngine
+from dynamo_ray import models
+from dynamo_ray.app import build
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.request.generation import Generation
+from dynamo_ray.request.http import Front, Settings
+from dynamo_ray.request.tokens import Tokeniser
+from dynamo_ray.telemetry import Telemetry
+
+MAX_INGRESS_US_PER_TOKEN = 60.0
+MIN_RATIO = 20.0
+MODEL = "byte-tokenizer"
+HERE = Path(__file__).parent
+
+
+class Engine:
+    """The simulated engine as a Serve deployment of its own."""
+
+    async def __init__(self, engine_args: dict[str, Any]) -> None:
+        self._engine = SimulatedEngine(
+            LaunchSpec("engine", Role.AGGREGATED, MODEL, "", kv_events=False, engine_args=engine_args)
+        )
+        self._info = await self._engine.start()
+
+    async def max_model_len(self) -> int:
+        return self._info.max_model_len
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
+        async with aclosing(self._engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+class HandleService:
+    """Tokens through a DeploymentHandle: what Serve offers."""
+
+    max_logprobs = 0
+
+    def __init__(self, handle: DeploymentHandle, max_model_len: int) -> None:
+        self._handle = handle
+        self.max_model_len = max_model_len
+
+    def ready(self) -> str | None:
+        return None
+
+    async def generate(self, request: Generation) -> AsyncGenerator[TokenChunk]:
+        leg = GenerateRequest(request.request_id, request.token_ids, request.sampling)
+        async for chunk in self._handle.generate.remote(leg):
+            yield chunk
+
+
+class HandleIngress:
+    async def __init__(self, folder: str, by_reference: bool, engine: DeploymentHandle) -> None:
+        self._folder = Path(folder)
+        limit = await engine.max_model_len.remote()
+        self._service = HandleService(engine.options(stream=True, _by_reference=by_reference), limit)
+
+    async def __serve_build_asgi_app__(self) -> Front:
+        return Front(self._service, Tokeniser(self._folder), Settings(MODEL), Telemetry())
+
+
+def handle_application(engine_args: dict[str, Any], folder: Path, by_reference: bool) -> serve.Application:
+    options: dict[str, Any] = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
+    options["logging_config"] = {"enable_access_log": False}
+    engine = serve.deployment(Engine, name="Engine", **options).bind(engine_args)
+    ingress = serve.deployment(serve.ingress()(HandleIngress), name="Ingress", **options)
+    return ingress.bind(str(folder), by_reference, engine)
+
+
+def tcp_application(engine_args: dict[str, Any], folder: Path) -> serve.Application:
+    return build(
+        DeploymentConfig.model_validate(
+            {
+                "model": {"name": MODEL, "path": str(folder)},
+                "backend": "simulated",
+                "aggregated": {"resources": {"cpus": 0.1}, "engine_args": engine_args},
+                "events": "none",
+            }
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """CPU-us per token of one run."""
+
+    ingress: float
+    worker: float
+    proxy: float
+    tokens: int
+    ttft_p50_ms: float
+    itl_p50_ms: float
+
+
+def processes(app: str) -> dict[str, list[psutil.Process]]:
+    """The processes of one application, by part, from the titles Ray gives them."""
+    found: dict[str, list[psutil.Process]] = {"ingress": [], "worker": [], "proxy": []}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if f"ServeReplica:{app}:Ingress" in title:
+            found["ingress"].append(process)
+        elif f"ServeReplica:{app}:Engine" in title or "EngineNode aggregated-0" in title:
+            found["worker"].append(process)
+        elif "haproxy" in process.name():
+            found["proxy"].append(process)
+    return found
+
+
+def cpu_s(group: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in group)
+
+
+def run_load(url: str, streams: int, tokens: int) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "sse_load.py"), "--url", url, "--model", MODEL]
+    done = subprocess.run(
+        [*command, "--streams", str(streams), "--tokens", str(tokens)], capture_output=True, text=True, check=True
+    )
+    figures: dict[str, Any] = json.loads(done.stdout)
+    if figures["ok"] != streams:
+        raise SystemExit(f"the load failed: {figures}")
+    return figures
+
+
+def measure(app: str, application: serve.Application, port: int, streams: int, tokens: int, repeats: int) -> list[Cost]:
+    """Deploy, warm up, measure, remove."""
+    serve.run(application, name=app, route_prefix="/")
+    url = f"http://127.0.0.1:{port}"
+    await_ready(url)
+    run_load(url, streams, 20)
+    costs = []
+    for _ in range(repeats):
+        parts = processes(app)
+        if not parts["ingress"] or not parts["worker"]:
+            raise SystemExit(f"{app}: its processes were not found: {parts}")
+        before = {name: cpu_s(group) for name, group in parts.items()}
+        figures = run_load(url, streams, tokens)
+        spent = {name: 1e6 * (cpu_s(group) - before[name]) / figures["tokens"] for name, group in parts.items()}
+        costs.append(
+            Cost(**spent, **{key: figures[key] for key in ("tokens", "ttft_p50_ms", "itl_p50_ms")})
+        )
+    serve.delete(app)
+    return costs
+
+
+def await_ready(url: str) -> None:
+    deadline_s = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.2)
+
+
+def median(costs: list[Cost], part: str) -> float:
+    return statistics.median(getattr(cost, part) for cost in costs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--port", type=int, default=18_400)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    folder = models.prepare(MODEL)
+    engine_args = {"step_s": args.step_ms / 1000}
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"{scratch}/admin.sock"
+        os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = f"{scratch}/haproxy.cfg"
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+        serve.start(http_options={"host": "127.0.0.1", "port": args.port}, proxy_location="HeadOnly")
+        applications = {
+            "tcp": tcp_application(engine_args, folder),
+            "handle-grpc": handle_application(engine_args, folder, by_reference=False),
+            "handle-ray": handle_application(engine_args, folder, by_reference=True),
+        }
+        try:
+            results = {
+                app: measure(app, application, args.port, args.streams, args.tokens, args.repeats)
+                for app, application in applications.items()
+            }
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+    report(results, args.check)
+
+
+def report(results: dict[str, list[Cost]], check: bool) -> None:
+    print(f"{'path':<12} {'ingress':>9} {'worker':>9} {'haproxy':>9}   CPU-us/token; median of repeats, [ingress range]")
+    for app, costs in results.items():
+        ingress = [cost.ingress for cost in costs]
+        print(
+            f"{app:<12} {median(costs, 'ingress'):>9.1f} {median(costs, 'worker'):>9.1f} {median(costs, 'proxy'):>9.1f}"
+            f"   [{min(ingress):.1f}..{max(ingress):.1f}]  ttft p50 {median(costs, 'ttft_p50_ms'):.0f} ms,"
+            f" itl p50 {median(costs, 'itl_p50_ms'):.1f} ms"
+        )
+    ours = median(results["tcp"], "ingress")
+    for app in ("handle-grpc", "handle-ray"):
+        theirs = results[app]
+        ingress_ratio = median(theirs, "ingress") / ours
+        both = (median(theirs, "ingress") + median(theirs, "worker")) / (ours + median(results["tcp"], "worker"))
+        print(f"{app} / tcp: {ingress_ratio:.1f}x in the ingress, {both:.1f}x in ingress + worker")
+    best = median(results["handle-ray"], "ingress") / ours
+    if check and (ours > MAX_INGRESS_US_PER_TOKEN or best < MIN_RATIO):
+        raise SystemExit(f"missed: at most {MAX_INGRESS_US_PER_TOKEN} us, at least {MIN_RATIO}x")
+
+
+if __name__ == "__main__":
+    main()
