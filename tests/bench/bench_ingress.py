@@ -217,7 +217,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"{scratch}/admin.sock"
         os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = f"{scratch}/haproxy.cfg"
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
         serve.start(http_options={"host": "127.0.0.1", "port": args.port}, proxy_location="HeadOnly")
         applications = {
             "tcp": tcp_application(engine_args, folder),
