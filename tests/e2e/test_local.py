@@ -10,7 +10,7 @@ import psutil
 import pytest
 from deployments import ROOT, Deployment, up
 
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL = "smollm2-135m-instruct"
 MAX_TOTAL_GIB = 6.0
 
 
