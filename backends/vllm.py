@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import multiprocessing
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -142,6 +143,7 @@ class VLLMEngine:
             await self._launcher.finish(llm.engine_core.resources.ctx.term)
         else:
             await self._launcher.finish()
+        multiprocessing.active_children()  # Reaps those that have ended.
         if self._socket_folder:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
 

@@ -97,6 +97,7 @@ async def test_kv_that_is_gone_is_an_error_to_retry_and_the_decode_engine_goes_o
     with pytest.raises(EngineError) as failure:
         await answer(vllm_site.decode, ids, greedy(4), leg=Role.DECODE, handoff=lost)
     assert failure.value.retryable
+    await vllm_site.prefill.release(computed.chunks[0].request_id)
     whole = await answer(vllm_site.aggregated, ids, greedy(4))
     split = await hand_over(vllm_site, ids, greedy(4))
     assert split.tokens == whole.tokens

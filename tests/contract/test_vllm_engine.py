@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import signal
 import subprocess
@@ -40,8 +41,12 @@ asyncio.run(main())
 
 def children() -> set[psutil.Process]:
     """Ours, but for multiprocessing's resource tracker, which is Python's and ends with us."""
-    found = psutil.Process().children(recursive=True)
-    return {child for child in found if "resource_tracker" not in " ".join(child.cmdline())}
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is none either: only its exit code is left
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                found.add(child)
+    return found
 
 
 async def test_an_idle_prefill_engine_takes_next_to_no_cpu(vllm_site: Site) -> None:
