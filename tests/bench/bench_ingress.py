@@ -180,9 +180,7 @@ def measure(app: str, application: serve.Application, port: int, streams: int, t
         before = {name: cpu_s(group) for name, group in parts.items()}
         figures = run_load(url, streams, tokens)
         spent = {name: 1e6 * (cpu_s(group) - before[name]) / figures["tokens"] for name, group in parts.items()}
-        costs.append(
-            Cost(**spent, **{key: figures[key] for key in ("tokens", "ttft_p50_ms", "itl_p50_ms")})
-        )
+        costs.append(Cost(**spent, **{key: figures[key] for key in ("tokens", "ttft_p50_ms", "itl_p50_ms")}))
     serve.delete(app)
     return costs
 
@@ -236,7 +234,8 @@ def main() -> None:
 
 
 def report(results: dict[str, list[Cost]], check: bool) -> None:
-    print(f"{'path':<12} {'ingress':>9} {'worker':>9} {'haproxy':>9}   CPU-us/token; median of repeats, [ingress range]")
+    print("CPU-us per token: median of the repeats, [range] of the ingress")
+    print(f"{'path':<12} {'ingress':>9} {'worker':>9} {'haproxy':>9}")
     for app, costs in results.items():
         ingress = [cost.ingress for cost in costs]
         print(
