@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from dynamo_ray.request.wire import WorkerInfo
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.cost import Candidate, Decision, Leg, decide
-from dynamo_ray.routing.kv_index import Holder, KVIndex
+from dynamo_ray.routing.kv_index import Holder, KVIndex, RoutedPrefixes
 from dynamo_ray.routing.load import Booking, LoadTable
 
 log = logging.getLogger(__name__)
@@ -82,16 +83,30 @@ class Router:
         self.index = KVIndex(config.model.name)
         self.table = LoadTable()
         self.num_retries = 0
+        self._routed = RoutedPrefixes()
+        self._silent: set[Holder] = set()
+        """Ranks that tell nothing of what they hold."""
 
     def up(self, info: WorkerInfo) -> None:
-        for holder in _holders(info):
+        holders = _holders(info)
+        for holder in holders:
             self.index.add_holder(holder)
             self.table.add_holder(holder)
+        if self._config.events == "none" or not info.engine.kv_event_sources:
+            self._silent.update(holders)
+            if self._config.router.policy != "round_robin":
+                log.warning(
+                    "%s publishes no KV events: what it caches is guessed from what was sent there in the last %g s",
+                    info.worker,
+                    self._routed.ttl_s,
+                )
 
     def down(self, info: WorkerInfo) -> None:
         for holder in _holders(info):
             self.index.remove_holder(holder)
             self.table.remove_holder(holder)
+            self._routed.remove_holder(holder)
+            self._silent.discard(holder)
 
     def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
         for load in loads:
@@ -131,7 +146,8 @@ class Router:
     def _choose(self, role: Role, attempt: Attempt, hashes: _PromptHashes, bookings: list[Booking]) -> Target:
         connections = {c.info.worker: c for c in self._eligible(role, attempt)}
         block_size = next(iter(connections.values())).info.engine.block_size
-        overlap = self.index.overlap(hashes.of(block_size))
+        prompt, now_s = hashes.of(block_size), asyncio.get_running_loop().time()
+        overlap = self.index.overlap(prompt) | self._routed.overlap(prompt, now_s)
         candidates = [
             Candidate(holder, overlap.get(holder, 0), self.table.load(holder))
             for connection in connections.values()
@@ -142,6 +158,8 @@ class Router:
         self._turns[role] += 1
         bookings.append(self._book(decision, leg))
         chosen = decision.chosen.holder
+        if chosen in self._silent and leg.computes_prompt:
+            self._routed.routed(chosen, prompt, now_s)
         return Target(connections[chosen.worker], chosen.dp_rank)
 
     def _book(self, decision: Decision, leg: Leg) -> Booking:

@@ -318,3 +318,17 @@ def test_a_slow_reader_gets_the_same_tokens_in_fewer_chunks() -> None:
             assert len(got) < 10
 
     clock.run(main())
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("blocks", [0, 96, 96, 96]), ("round_robin", [0, 0, 96, 96])])
+def test_without_events_a_repeated_prompt_goes_where_it_was_sent_before(policy: str, expected: list[int]) -> None:
+    async def main() -> list[int | None]:
+        async with cluster(prefill=2, policy=policy) as made:
+            return [await first_cached(made, f"r{i}") for i in range(4)]
+
+    async def first_cached(made: Cluster, request_id: str) -> int | None:
+        async with aclosing(made.dispatch.generate(generation(request_id))) as chunks:
+            return (await anext(chunks)).cached_tokens
+
+    assert clock.run(main()) == expected
+
