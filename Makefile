@@ -50,9 +50,9 @@ check: models  ## Format, lint, types, layering, coverage of the fast tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit -q --cov=dynamo_ray --cov=placement --cov=backends --cov-report=term:skip-covered
 
-bench: models  ## Measure the ingress and the router on this machine
-	$(BIN)/python tests/bench/bench_routing.py
-	$(BIN)/python tests/bench/bench_ingress.py
+bench: models  ## Measure what a token costs in the ingress, beside a Serve handle
+	$(BIN)/python tests/bench/bench_detokenise.py
+	$(BIN)/python tests/bench/bench_ingress.py --check
 
 clean:  ## Remove the environment and caches of this checkout
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

@@ -132,7 +132,7 @@ class Orchestrator:
         before, statuses = self._membership, self._supervisor.statuses()
         for old, new in zip(before.statuses, statuses, strict=True):
             if (old.phase, old.detail) != (new.phase, new.detail):
-                log.info("%s epoch %d: %s %s", new.worker, new.epoch, new.phase, new.detail)
+                log.info("%s epoch %d is %s: %s", new.worker, new.epoch, new.phase, new.detail)
         self._membership = Membership(before.version + 1, before.secret, self._supervisor.members(), statuses)
         self._spawn(self._notify())
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from dataclasses import replace
 
 import pytest
-from engines import SMOLLM2, Answer, Site, answer, greedy, hand_over, prompt, wait_until_idle
+from engines import PROMPT_LENGTHS, SMOLLM2, Answer, Site, answer, greedy, hand_over, prompt, wait_until_idle
 from tokenizers import Tokenizer
 
 from backends.engine import EngineError, KVHandoff, Role
@@ -16,9 +15,6 @@ from dynamo_ray import models
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
 
-EDGES = (1, 2, 3, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1500)
-"""Around multiples of the block size (32), and both ends."""
-LENGTHS = EDGES + tuple(random.Random(50).randrange(4, 200) for _ in range(50 - len(EDGES)))
 ANSWER_TOKENS = 12
 CONCURRENCY = 6
 
@@ -40,7 +36,7 @@ def text_of(got: Answer) -> str:
 async def test_fifty_handed_over_prompts_are_answered_as_by_an_independent_engine(vllm_site: Site) -> None:
     decode = vllm_site.decode
     assert isinstance(decode, VLLMEngine)
-    prompts = [prompt(length, seed=1000 + i) for i, length in enumerate(LENGTHS)]
+    prompts = [prompt(length, seed=1000 + i) for i, length in enumerate(PROMPT_LENGTHS)]
     before = replace(decode.counters)
     gate = asyncio.Semaphore(CONCURRENCY)
 
@@ -54,7 +50,7 @@ async def test_fifty_handed_over_prompts_are_answered_as_by_an_independent_engin
 
     results = await asyncio.gather(*(both(ids) for ids in prompts))
     different = [
-        length for length, (whole, split) in zip(LENGTHS, results, strict=True) if whole.tokens != split.tokens
+        length for length, (whole, split) in zip(PROMPT_LENGTHS, results, strict=True) if whole.tokens != split.tokens
     ]
     assert different == [], "prompt lengths whose answers differ"
     assert len({token for whole, _ in results for token in whole.tokens}) > 100, "degenerate answers hide errors"
@@ -62,12 +58,12 @@ async def test_fifty_handed_over_prompts_are_answered_as_by_an_independent_engin
     await wait_until_idle(decode)
     computed = decode.counters.computed_tokens - before.computed_tokens
     transferred = decode.counters.transferred_tokens - before.transferred_tokens
-    assert computed + transferred == sum(LENGTHS)
+    assert computed + transferred == sum(PROMPT_LENGTHS)
     # A prompt of one token has nothing before its last, which the decode engine computes anyhow.
-    assert transferred == sum(length for length in LENGTHS if length > 1)
+    assert transferred == sum(length for length in PROMPT_LENGTHS if length > 1)
     assert decode.counters.transferred_bytes > before.transferred_bytes
     assert decode.counters.failed_transfers == before.failed_transfers
-    for length, (_, split) in zip(LENGTHS, results, strict=True):
+    for length, (_, split) in zip(PROMPT_LENGTHS, results, strict=True):
         first = split.chunks[0]
         assert first.cached_tokens is not None
         assert first.transferred_tokens is not None

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import psutil
 import pytest
-from deployments import ROOT, Deployment, up
+from deployments import ROOT, Deployment, serve_run, up
+from engines import PROMPT_LENGTHS, prompt
 
 MODEL = "smollm2-135m-instruct"
 MAX_TOTAL_GIB = 6.0
+ANSWER_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     log = tmp_path_factory.mktemp("local") / "up.log"
     with up(ROOT / "configs/local.yaml", MODEL, log) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def aggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Beside the other one: two engines that share nothing with it, started the other way."""
+    log = tmp_path_factory.mktemp("local-aggregated") / "serve.log"
+    with serve_run(ROOT / "configs/local-aggregated.yaml", MODEL, log) as running:
         yield running
 
 
@@ -93,3 +104,48 @@ def test_the_whole_thing_stays_under_6_gib(deployment: Deployment) -> None:
 def test_the_openapi_document_describes_what_is_served(deployment: Deployment) -> None:
     document = json.loads(deployment.get("/openapi.json")[1])
     assert set(document["paths"]) >= {"/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/ready"}
+
+
+@pytest.mark.timeout(600)
+def test_fifty_answers_are_those_of_an_aggregated_deployment_streamed_and_not(
+    deployment: Deployment, aggregated: Deployment
+) -> None:
+    prompts = [prompt(length, seed=4000 + i) for i, length in enumerate(PROMPT_LENGTHS)]
+    before = deployment.metric("dynamo_ray_transferred_tokens_total")
+    with ThreadPoolExecutor(6) as pool:
+        expected = list(pool.map(lambda ids: tokens(aggregated, ids, stream=False), prompts))
+        whole = list(pool.map(lambda ids: tokens(deployment, ids, stream=False), prompts))
+        streamed = list(pool.map(lambda ids: tokens(deployment, ids, stream=True), prompts))
+    assert [len(answer) for answer in expected] == [ANSWER_TOKENS] * len(prompts)
+    assert whole == expected
+    assert streamed == expected
+    assert len({token for answer in expected for token in answer}) > 100, "degenerate answers hide errors"
+    moved = deployment.metric("dynamo_ray_transferred_tokens_total") - before
+    # A prompt of one token has nothing before its last, which the decode engine computes anyhow.
+    assert moved == 2 * sum(length for length in PROMPT_LENGTHS if length > 1)
+
+
+def tokens(deployment: Deployment, ids: list[int], stream: bool) -> list[str]:
+    """The answer, token for token; salted so that it is computed afresh."""
+    options = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    options["cache_salt"] = f"streamed: {stream}"
+    if not stream:
+        answer = deployment.complete(ids, **options)
+        return list(answer["choices"][0]["logprobs"]["tokens"])
+    found: list[str] = []
+    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="unused", max_retries=0) as client:
+        salt = {"ignore_eos": options.pop("ignore_eos"), "cache_salt": options.pop("cache_salt")}
+        for chunk in client.completions.create(model=MODEL, prompt=ids, stream=True, extra_body=salt, **options):
+            found += chunk.choices[0].logprobs.tokens if chunk.choices[0].logprobs else []
+    return found
+
+
+def test_a_second_turn_goes_to_the_worker_that_holds_the_first(aggregated: Deployment) -> None:
+    for number in range(4):  # wherever the rotation stands
+        first = {"role": "user", "content": f"Story {number}: once upon a time there was a river. " * 10}
+        messages = [first]
+        answer = aggregated.converse(messages, max_tokens=8, temperature=0)
+        messages += [answer["choices"][0]["message"], {"role": "user", "content": "And then?"}]
+        again = aggregated.converse(messages, max_tokens=2, temperature=0)
+        cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached >= answer["usage"]["prompt_tokens"] - 32

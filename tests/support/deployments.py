@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+READY_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,10 @@ class Deployment:
         return status, json.loads(text)
 
     def chat(self, content: str, **options: Any) -> dict[str, Any]:
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], **options}
-        status, answer = self.post("/v1/chat/completions", body)
+        return self.converse([{"role": "user", "content": content}], **options)
+
+    def converse(self, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+        status, answer = self.post("/v1/chat/completions", {"model": self.model, "messages": messages, **options})
         assert status == 200, answer
         return answer
 
@@ -84,21 +88,41 @@ def wait_until(condition: Any, timeout_s: float, what: str, every_s: float = 0.1
 
 
 @contextmanager
-def up(config: Path, model: str, log: Path, ready_timeout_s: float = 300.0) -> Iterator[Deployment]:
+def up(config: Path, model: str, log: Path) -> Iterator[Deployment]:
     """`dynamo-ray up CONFIG`, ready; at the end Ctrl-C, and every process it had started must be gone."""
     port = free_port()
     command = [str(BIN / "dynamo-ray"), "up", str(config), "--port", str(port)]
+    with _running(command, port, model, log) as deployment:
+        yield deployment
+
+
+@contextmanager
+def serve_run(config: Path, model: str, log: Path) -> Iterator[Deployment]:
+    """Plain `serve run CONFIG` on another port, with nothing of ours in the environment; ends as `up` does."""
+    port = free_port()
+    document = yaml.safe_load(config.read_text())
+    document["http_options"]["port"] = port
+    moved = log.with_suffix(".yaml")
+    moved.write_text(yaml.safe_dump(document))
+    with _running([str(BIN / "serve"), "run", str(moved)], port, model, log) as deployment:
+        yield deployment
+
+
+@contextmanager
+def _running(command: list[str], port: int, model: str, log: Path) -> Iterator[Deployment]:
     with log.open("w") as sink:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
     deployment = Deployment(f"http://127.0.0.1:{port}", model, process, log)
+    started: list[psutil.Process] = []
     try:
-        wait_until(lambda: _ready(deployment), ready_timeout_s, f"ready; {log} ends:\n{log.read_text()[-3000:]}")
+        _await_ready(deployment)
         yield deployment
     finally:
-        started = deployment.descendants() if process.poll() is None else []
-        os.kill(process.pid, signal.SIGINT)
+        if process.poll() is None:
+            started = deployment.descendants()
+            os.kill(process.pid, signal.SIGINT)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
@@ -112,9 +136,17 @@ def up(config: Path, model: str, log: Path, ready_timeout_s: float = 300.0) -> I
         assert not names, f"left running after Ctrl-C: {names}"
 
 
+def _await_ready(deployment: Deployment) -> None:
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while not _ready(deployment):
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"not ready within {READY_TIMEOUT_S:g} s:\n{deployment.log.read_text()[-5000:]}")
+        time.sleep(0.1)
+
+
 def _ready(deployment: Deployment) -> bool:
     if deployment.process.poll() is not None:
-        raise AssertionError(f"dynamo-ray up ended by itself:\n{deployment.log.read_text()[-5000:]}")
+        raise AssertionError(f"it ended by itself:\n{deployment.log.read_text()[-5000:]}")
     try:
         return deployment.get("/ready")[0] == 200
     except OSError:

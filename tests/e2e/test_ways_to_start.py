@@ -1,0 +1,68 @@
+"""A configuration by plain `serve run`, and from Python; `dynamo-ray up` has modules of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from deployments import ROOT, free_port, serve_run
+
+SIM = "byte-tokenizer"
+
+SECOND_TURNS = """
+import json, sys, urllib.request
+from dynamo_ray import DeploymentConfig, up
+
+config, port = DeploymentConfig.model_validate_json(sys.argv[1]), int(sys.argv[2])
+
+def cached(deployment, messages):
+    body = {"model": config.model.name, "messages": messages, "max_tokens": 4, "temperature": 0}
+    request = urllib.request.Request(
+        f"{deployment.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    reply = {"role": "assistant", "content": answer["choices"][0]["message"]["content"]}
+    return reply, answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+with up(config, port=port) as deployment:
+    phases = [status.phase for status in deployment.statuses()]
+    found = []
+    for number in range(3):
+        first = [{"role": "user", "content": f"{number}: tell me about rivers " * 20}]
+        reply, _ = cached(deployment, first)
+        _, again = cached(deployment, [*first, reply, {"role": "user", "content": "and lakes?"}])
+        found.append(again)
+print(json.dumps({"phases": phases, "cached": found}))
+"""
+
+
+def from_python(policy: str) -> dict[str, list[object]]:
+    """Three conversations of two turns, prefill on 2 workers of 2 ranks; cached tokens of each second turn."""
+    config = {
+        "model": {"name": SIM, "path": f"~/.cache/dynamo-ray/models/{SIM}"},
+        "backend": "simulated",
+        "prefill": {"replicas": 2, "parallelism": {"attn_dp": 2, "moe_ep": 2}, "resources": {"cpus": 0.2}},
+        "decode": {"resources": {"cpus": 0.2}},
+        "router": {"policy": policy},
+    }
+    command = [sys.executable, "-c", SECOND_TURNS, json.dumps(config), str(free_port())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, list[object]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_plain_serve_run_works_and_says_what_haproxy_mode_would_gain(tmp_path: Path) -> None:
+    log = tmp_path / "serve.log"
+    with serve_run(ROOT / "configs/local-sim.yaml", SIM, log) as deployment:
+        assert len(deployment.complete("abc", max_tokens=5)["choices"][0]["text"]) == 5
+    assert "RAY_SERVE_ENABLE_HA_PROXY=1" in log.read_text()
+    assert "0.3 ms" in log.read_text()
+
+
+def test_second_turns_find_the_first_under_kv_aware_routing_and_not_under_round_robin() -> None:
+    assert all(tokens >= 400 for tokens in from_python("blocks")["cached"])
+    assert from_python("round_robin") == {"phases": ["ready"] * 3, "cached": [0, 0, 0]}
