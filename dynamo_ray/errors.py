@@ -9,6 +9,7 @@ While serving (`RequestError`), as an HTTP status before the first byte and as a
 | UnknownModel | 404 | invalid_request_error / model_not_found | no |
 | NotFound | 404 | invalid_request_error / not_found | no |
 | MethodNotAllowed | 405 | invalid_request_error / method_not_allowed | no |
+| ClientTooSlow | 408 | invalid_request_error / client_too_slow | read faster: too much of the answer was left unread |
 | PayloadTooLarge | 413 | invalid_request_error / payload_too_large | no |
 | Overloaded | 429 | overloaded_error / overloaded | after `retry_after_s` |
 | WorkerLost | 502 | server_error / worker_lost | yes; we had already tried every pair we may |
@@ -17,7 +18,7 @@ While serving (`RequestError`), as an HTTP status before the first byte and as a
 | InternalError | 500 | server_error / internal_error | a bug of ours; the log has the request id |
 
 What cannot be replayed after its worker died mid-stream, and so ends in WorkerLost: sampling without a seed under a
-presence or frequency penalty (the penalty counts generated tokens, which a replay would count as prompt).
+presence or frequency penalty (the penalty counts generated tokens, which a continuation would count as prompt).
 
 While starting, as an exit code of `dynamo-ray`:
 
@@ -76,6 +77,10 @@ class NotFound(RequestError):
 
 class MethodNotAllowed(RequestError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class ClientTooSlow(RequestError):
+    status, type, code = 408, "invalid_request_error", "client_too_slow"
 
 
 class PayloadTooLarge(RequestError):

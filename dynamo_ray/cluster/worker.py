@@ -17,6 +17,7 @@ from dynamo_ray.request import wire
 log = logging.getLogger(__name__)
 
 _decoder: msgspec.msgpack.Decoder[wire.ToWorker] = msgspec.msgpack.Decoder(wire.ToWorker)
+_hello_decoder = msgspec.msgpack.Decoder(wire.Hello)
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_UNREAD_BYTES = 16 * 1024 * 1024
 """An ingress that leaves this much unread is gone for us: its connection is closed and its requests are aborted."""
@@ -84,8 +85,10 @@ class WorkerServer:
         if self._server is not None:
             self._server.close()
         tasks = [task for peer in self.peers for task in peer.requests.values()]
+        for task in tasks:
+            task.cancel()
         for peer in list(self.peers):
-            peer.close()
+            peer.abort()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def entered(self) -> None:
@@ -136,7 +139,10 @@ class _Peer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for frame in self._reader.feed(data):
-                self._receive(_decoder.decode(frame))
+                if self._authenticated:
+                    self._receive(_decoder.decode(frame))
+                else:
+                    self._authenticate(_hello_decoder.decode(frame))
         except (wire.FrameTooLarge, msgspec.DecodeError, msgspec.ValidationError) as error:
             log.warning("closing a connection that sent what no ingress sends: %s", error)
             self.close()
@@ -152,18 +158,18 @@ class _Peer(asyncio.Protocol):
     def close(self) -> None:
         self._transport.close()
 
+    def abort(self) -> None:
+        """As `close`, without waiting for an ingress that does not read."""
+        self._transport.abort()
+
     def _receive(self, message: wire.ToWorker) -> None:
-        if isinstance(message, wire.Hello):
-            self._authenticate(message)
-        elif not self._authenticated:
-            self.close()
-        elif isinstance(message, wire.Submit):
+        if isinstance(message, wire.Submit):
             self._submit(message.request)
         elif isinstance(message, wire.Abort):
             task = self.requests.get(message.request_id)
             if task is not None:
                 task.cancel()
-        else:
+        elif isinstance(message, wire.Release):
             release = asyncio.create_task(self._server.engine.release(message.request_id))
             self._releases.add(release)
             release.add_done_callback(self._releases.discard)

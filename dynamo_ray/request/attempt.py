@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import msgspec
 
@@ -15,36 +16,32 @@ from dynamo_ray.request.generation import Generation
 
 @dataclass(slots=True)
 class Attempt:
-    """A request, the tokens its client already has, and how this try goes on from there.
-
-    Greedy and unseeded requests continue: the tokens already delivered become prompt. Seeded sampling starts
-    over and skips what was delivered, because an engine's generator cannot be moved to the middle of a sequence;
-    both are token-exact where the engine is.
-    """
+    """A request, the tokens its client already has, and how this try goes on from there."""
 
     request: Generation
     deadline_s: float
     """On the loop's clock."""
     number: int = 0
+    num_losses: int = 0
+    """Tries that a worker lost; those that found no room do not count."""
     delivered: list[int] = field(default_factory=list)
     """Every token the client has, of this try and those before."""
     skip: int = 0
     """Tokens of this try that the client already has."""
-    prefix: tuple[int, ...] = ()
-    """Tokens that earlier tries delivered and this one continues from."""
+    token_ids: list[int] = field(default_factory=list)
+    """What this try's engines take as the prompt."""
     excluded: Mapping[str, LegFailed] = field(default_factory=dict)
     """Workers that failed this request, and how."""
 
-    @property
-    def token_ids(self) -> list[int]:
-        """What this try's engines take as the prompt."""
-        return [*self.request.token_ids, *self.prefix] if self.prefix else self.request.token_ids
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            self.token_ids = self.request.token_ids
 
     def leg(self, role: Role, dp_rank: int, handoff: KVHandoff | None) -> GenerateRequest:
         return GenerateRequest(
             request_id=f"{self.request.request_id}.{self.number}",
             token_ids=self.token_ids,
-            sampling=_after(self.request.sampling, len(self.prefix)),
+            sampling=_after(self.request.sampling, len(self.token_ids) - len(self.request.token_ids)),
             leg=role,
             dp_rank=dp_rank,
             handoff=handoff,
@@ -67,23 +64,26 @@ class Attempt:
         """
         if not failure.retryable:
             raise _refusal(failure) from failure
-        if self.number >= max_retries:
-            raise WorkerLost(f"gave up after {self.number + 1} tries; the last one: {failure}") from failure
-        retried = replace(self, number=self.number + 1, excluded={**self.excluded, failure.worker: failure})
+        num_losses = self.num_losses + (not failure.overloaded)
+        if num_losses > max_retries:
+            raise WorkerLost(f"gave up after {num_losses} workers were lost; the last one: {failure}") from failure
+        excluded = {**self.excluded, failure.worker: failure}
+        retried = replace(self, number=self.number + 1, num_losses=num_losses, excluded=excluded)
         if not self.delivered:
             return retried
-        sampling = self.request.sampling
-        if sampling.temperature > 0 and sampling.seed is not None:
-            return replace(retried, skip=len(self.delivered), prefix=())
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            raise WorkerLost(
-                f"lost after {len(self.delivered)} tokens, and a request with a presence or frequency penalty and no "
-                f"seed cannot be replayed: {failure}"
-            ) from failure
-        return replace(retried, prefix=tuple(self.delivered))
+        prompt = self.request.token_ids
+        match resumption(self.request.sampling):
+            case "continue":
+                return replace(retried, skip=0, token_ids=[*prompt, *self.delivered])
+            case "restart":
+                return replace(retried, skip=len(self.delivered), token_ids=prompt)
+        raise WorkerLost(
+            f"lost after {len(self.delivered)} tokens, and a request with a presence or frequency penalty and no "
+            f"seed cannot be replayed: {failure}"
+        ) from failure
 
     def deadline_error(self) -> RequestError:
-        return DeadlineExceeded("the request took longer than its deadline allows", "timeout")
+        return DeadlineExceeded("the request took longer than its deadline allows", "x-request-timeout-s")
 
     def _without_skipped(self, chunk: TokenChunk) -> TokenChunk:
         dropped = min(self.skip, len(chunk.token_ids))
@@ -93,6 +93,20 @@ class Attempt:
             token_ids=chunk.token_ids[dropped:],
             logprobs=None if chunk.logprobs is None else chunk.logprobs[dropped:],
         )
+
+
+def resumption(sampling: Sampling) -> Literal["continue", "restart"] | None:
+    """How an answer whose worker died goes on, token-exact where the engine is; None: it cannot.
+
+    `continue`: what was delivered becomes prompt. Not under a seed, because an engine's generator cannot be moved to
+    the middle of a sequence; not under penalties that count generated tokens only. `restart`: computed again from the
+    start, and what was delivered is skipped; only where the same tokens come again.
+    """
+    penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
+    sampled = sampling.temperature > 0
+    if sampled and sampling.seed is None:
+        return None if penalised else "continue"
+    return "restart" if sampled or penalised else "continue"
 
 
 def _after(sampling: Sampling, num_delivered: int) -> Sampling:

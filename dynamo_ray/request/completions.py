@@ -15,7 +15,7 @@ from dynamo_ray.errors import InternalError, InvalidRequest
 from dynamo_ray.request import openai
 from dynamo_ray.request.answer import Answer, ChatShape, Shape, TextShape, Usage
 from dynamo_ray.request.choice import Choice, Delta
-from dynamo_ray.request.exchange import EVENT_STREAM, Exchange
+from dynamo_ray.request.exchange import EVENT_STREAM, ClientGone, Exchange
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.openai import ChatBody, CompletionBody
 from dynamo_ray.request.service import Service
@@ -23,6 +23,10 @@ from dynamo_ray.request.tokens import Tokeniser
 from dynamo_ray.telemetry import Telemetry
 
 TIMEOUT_HEADER = b"x-request-timeout-s"
+STALLED_CLIENT_S = 5.0
+"""After its deadline, how long a request waits for its client to read; then the connection is given up."""
+MAX_CONCURRENT_CHOICES = 64
+"""Of one request; the others wait here, so that no request fills the workers' queues by itself."""
 
 Show = Callable[[int, Delta], Awaitable[None]]
 """Takes what is new of one choice."""
@@ -50,6 +54,8 @@ class Job:
     choices: tuple[Choice, ...]
     answer: Answer
     usage: Usage
+    deadline_s: float
+    """On the loop's clock."""
 
     @property
     def n(self) -> int:
@@ -79,7 +85,7 @@ class Completions:
 
     def _job(self, exchange: Exchange, body: ChatBody | CompletionBody, shape: Shape, prompts: list[list[int]]) -> Job:
         self._check(body, prompts)
-        timeout_s = self._timeout_s(exchange)
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s(exchange)
         limit, eos = self._service.max_model_len, self._tokeniser.eos_token_ids
         answer_id = shape.id_prefix + exchange.unique_id
         generations: list[Generation] = []
@@ -88,7 +94,7 @@ class Completions:
             for index in range(body.n or 1):
                 own = _with_seed(sampling, index)
                 generation_id = f"{answer_id}-{len(generations)}"
-                generations.append(Generation(generation_id, prompt, own, body.cache_salt, timeout_s))
+                generations.append(Generation(generation_id, prompt, own, body.cache_salt, deadline_s))
         stops = openai.stops(body)
         choices = tuple(
             Choice(index, generation.sampling, self._tokeniser.detokeniser(generation.token_ids), stops)
@@ -96,7 +102,7 @@ class Completions:
         )
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         answer = Answer(shape, answer_id, body.model, len(choices), include_usage, self._tokeniser.token_bytes)
-        return Job(exchange, body, tuple(generations), choices, answer, Usage(sum(map(len, prompts))))
+        return Job(exchange, body, tuple(generations), choices, answer, Usage(sum(map(len, prompts))), deadline_s)
 
     def _check(self, body: ChatBody | CompletionBody, prompts: list[list[int]]) -> None:
         """What needs the model's own limits."""
@@ -123,7 +129,12 @@ class Completions:
 
     async def _answer(self, job: Job) -> None:
         self._telemetry.prompt_tokens.inc(job.usage.prompt_tokens)
-        await job.exchange.while_connected(self._stream(job) if job.body.stream else self._whole(job))
+        try:
+            async with asyncio.timeout_at(job.deadline_s + STALLED_CLIENT_S):
+                await job.exchange.while_connected(self._stream(job) if job.body.stream else self._whole(job))
+        except TimeoutError:
+            # Before that the request fails by its own deadline; this one is for a client that does not even read that.
+            raise ClientGone from None
         self._telemetry.e2e_s.observe(time.perf_counter() - job.exchange.arrived_s)
 
     async def _whole(self, job: Job) -> None:
@@ -160,7 +171,13 @@ class Completions:
         if len(job.choices) == 1:
             await self._generate(job, 0, show)
             return
-        tasks = [asyncio.ensure_future(self._generate(job, index, show)) for index in range(len(job.choices))]
+        turns = asyncio.Semaphore(MAX_CONCURRENT_CHOICES)
+
+        async def generate(index: int) -> None:
+            async with turns:
+                await self._generate(job, index, show)
+
+        tasks = [asyncio.ensure_future(generate(index)) for index in range(len(job.choices))]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -192,6 +209,6 @@ class Completions:
 
 def _with_seed(sampling: Sampling, index: int) -> Sampling:
     """Choices of one prompt must differ, and be the same every time."""
-    if sampling.seed is None or index == 0:
+    if sampling.seed is None:
         return sampling
     return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % openai.SEED_RANGE)

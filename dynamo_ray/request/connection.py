@@ -10,8 +10,8 @@ from typing import cast
 
 import msgspec
 
-from backends.engine import GenerateRequest, RankLoad, TokenChunk
-from dynamo_ray.errors import RequestError
+from backends.engine import GenerateRequest, RankLoad, Role, TokenChunk
+from dynamo_ray.errors import ClientTooSlow
 from dynamo_ray.request import wire
 
 log = logging.getLogger(__name__)
@@ -40,20 +40,21 @@ class LegFailed(Exception):
 class TokenStream:
     """The chunks of one leg; what arrives between two pulls is merged, so a slow reader costs no frames.
 
-    `close` must be called exactly when the reader is done; before the last chunk it aborts the leg.
+    `close` must be called exactly when the reader is done. A leg ends at its worker with its last chunk, with a
+    failure the worker reports, or by an Abort that is sent as soon as nobody here wants more of it.
     """
 
     def __init__(self, request: GenerateRequest, connection: WorkerConnection) -> None:
         self.request = request
+        self.finished = False
+        """Its last chunk is here."""
         self._connection = connection
         self._pending: list[TokenChunk] = []
         self._num_pending_tokens = 0
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self.on_fail: Callable[[Exception], None] | None = None
-        """Told of a failure as well as the reader; for a leg that another one waits for."""
-        self.finished = False
+        self._dependent: TokenStream | None = None
 
     @property
     def pending(self) -> bool:
@@ -92,18 +93,27 @@ class TokenStream:
         self._num_pending_tokens += len(chunk.token_ids)
         if chunk.finish_reason is not None:
             self.finished = True
-            self._connection.forget(self)
+            if self.request.leg is not Role.PREFILL:  # whose KV is still there, until somebody has fetched it
+                self._connection.forget(self)
         elif self._num_pending_tokens > MAX_PENDING_TOKENS:
-            self.fail(RequestError(f"the client left {MAX_PENDING_TOKENS} tokens unread"))
+            self.fail(ClientTooSlow(f"the client left {MAX_PENDING_TOKENS} tokens unread"))
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """End the stream with an error; chunks already here are still delivered first."""
-        if self._error is None and not self.finished:
-            self._error = error
-            self._wake()
-            if self.on_fail is not None:
-                self.on_fail(error)
+        """End the stream with an error, and the leg with it; chunks already here are still delivered first."""
+        if self._error is not None or (self.finished and self.request.leg is not Role.PREFILL):
+            return
+        self._error = error
+        self._abandon()
+        self._wake()
+        if self._dependent is not None:
+            self._dependent.fail(error)
+
+    def feeds(self, dependent: TokenStream | None) -> None:
+        """From now on a failure of this leg, its worker's death after its last chunk included, is also that one's."""
+        self._dependent = dependent
+        if dependent is not None and self._error is not None:
+            dependent.fail(self._error)
 
     def fail_at(self, deadline_s: float, error: Exception) -> None:
         """Fail when the loop's clock reaches `deadline_s`."""
@@ -112,8 +122,10 @@ class TokenStream:
     def close(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._connection.forget(self)
-        if not self.finished and not isinstance(self._error, LegFailed):
+        self._abandon()
+
+    def _abandon(self) -> None:
+        if self._connection.forget(self) and not self.finished:
             self._connection.abort(self.request.request_id)
 
     def _wake(self) -> None:
@@ -137,7 +149,7 @@ def _merge(chunks: list[TokenChunk]) -> TokenChunk:
 class WorkerConnection(asyncio.Protocol):
     """A live connection to one incarnation of one worker.
 
-    `on_load(worker_info, loads, draining)` is called at every heartbeat and `on_lost(connection)` once, when the
+    `on_load(worker_info, loads)` is called at every heartbeat and `on_lost(connection)` once, when the
     connection has ended: by either side, or because nothing came for `heartbeat_timeout_s`.
     """
 
@@ -146,7 +158,7 @@ class WorkerConnection(asyncio.Protocol):
         info: wire.WorkerInfo,
         secret: bytes,
         heartbeat_timeout_s: float,
-        on_load: Callable[[wire.WorkerInfo, tuple[RankLoad, ...], bool], None],
+        on_load: Callable[[wire.WorkerInfo, tuple[RankLoad, ...]], None],
         on_lost: Callable[[WorkerConnection], None],
     ) -> None:
         self.info = info
@@ -180,10 +192,6 @@ class WorkerConnection(asyncio.Protocol):
             self.close()
             raise ConnectionError(f"{self.info.worker} at {self.info.address} did not answer in time") from None
 
-    @property
-    def num_requests(self) -> int:
-        return len(self._streams)
-
     def submit(self, request: GenerateRequest) -> TokenStream:
         """Start a leg.
 
@@ -204,9 +212,12 @@ class WorkerConnection(asyncio.Protocol):
         """Tell a prefill worker that nobody will fetch this request's KV any more."""
         self._send(wire.Release(request_id))
 
-    def forget(self, stream: TokenStream) -> None:
-        if self._streams.get(stream.request.request_id) is stream:
+    def forget(self, stream: TokenStream) -> bool:
+        """Take nothing more for it; whether it was still known, which is as long as its worker may have it."""
+        known = self._streams.get(stream.request.request_id) is stream
+        if known:
             del self._streams[stream.request.request_id]
+        return known
 
     def close(self) -> None:
         if self._transport is not None:
@@ -221,9 +232,9 @@ class WorkerConnection(asyncio.Protocol):
             self._watchdog.cancel()
         if not self._ready.done():
             self._ready.set_exception(exc or ConnectionResetError("closed during the handshake"))
-        for stream in list(self._streams.values()):
+        streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
             stream.fail(LegFailed("the connection was lost", self.info.worker, retryable=True))
-        self._streams.clear()
         if was_alive:
             self._on_lost(self)
 
@@ -249,7 +260,7 @@ class WorkerConnection(asyncio.Protocol):
             self._welcomed(message)
         elif isinstance(message, wire.Heartbeat) and self.alive:
             self.draining = message.draining
-            self._on_load(self.info, message.load, message.draining)
+            self._on_load(self.info, message.load)
         elif isinstance(message, wire.Failed) and self.alive:
             self._failed(message)
         else:

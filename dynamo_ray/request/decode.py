@@ -22,7 +22,7 @@ async def decode(placement: Placement, attempt: Attempt, transfer: Transfer | No
     leg = target.connection.submit(attempt.leg(role, target.dp_rank, handoff))
     leg.fail_at(attempt.deadline_s, attempt.deadline_error())
     if transfer is not None:
-        transfer.feeds(leg)
+        transfer.leg.feeds(leg)
     try:
         chunk = await leg.next()
         placement.first_token()

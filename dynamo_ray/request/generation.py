@@ -15,5 +15,5 @@ class Generation:
     token_ids: list[int]
     sampling: Sampling
     cache_salt: str | None = None
-    timeout_s: float | None = None
-    """None: the deployment's limit."""
+    deadline_s: float | None = None
+    """On the loop's clock; None: the deployment's limit from its beginning on."""

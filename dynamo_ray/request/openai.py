@@ -21,6 +21,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 4096
 """Of all stop strings together; each character of the answer is held against all of them."""
 SEED_RANGE = 1 << 63
+MIN_TEMPERATURE = 0.01
+"""Above 0: less overflows a logit's exponent in half precision, and vLLM 0.32 raises it to this without a word."""
 
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 TokenLimit = Annotated[int, Meta(ge=1)]
@@ -67,7 +69,7 @@ class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0.0, le=2.0)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=SEED_RANGE - 1)] | None = None
+    seed: Annotated[int, Meta(ge=-SEED_RANGE, le=SEED_RANGE - 1)] | None = None
     """Choice i of a prompt uses (seed + i) mod 2**63."""
     stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[int], Meta(max_length=128)] | None = None
@@ -284,6 +286,9 @@ def _check(body: ChatBody | CompletionBody, served: str) -> None:
     if body.model != served:
         raise UnknownModel(f"the model `{body.model}` does not exist here; this server has `{served}`", "model")
     _refuse_unsupported(body)
+    if body.temperature is not None and 0 < body.temperature < MIN_TEMPERATURE:
+        advice = f"send 0 for the most likely tokens, or at least {MIN_TEMPERATURE:g}"
+        raise InvalidRequest(f"temperature={body.temperature:g} is too small; {advice}", "temperature")
     if "" in stops(body):
         raise InvalidRequest("a stop string must not be empty", "stop")
     if sum(map(len, stops(body))) > MAX_STOP_CHARACTERS:

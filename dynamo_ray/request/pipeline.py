@@ -26,8 +26,8 @@ async def serve(request: Generation, router: Router, timeout_s: float, max_retri
     Raises:
         RequestError: See the table in `dynamo_ray.errors`.
     """
-    limit_s = timeout_s if request.timeout_s is None else min(timeout_s, request.timeout_s)
-    attempt = Attempt(request, asyncio.get_running_loop().time() + limit_s)
+    latest_s = asyncio.get_running_loop().time() + timeout_s
+    attempt = Attempt(request, latest_s if request.deadline_s is None else min(latest_s, request.deadline_s))
     while True:
         try:
             with router.place(attempt) as placement:

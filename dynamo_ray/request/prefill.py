@@ -38,17 +38,19 @@ async def _finish_before_decode(target: Target, attempt: Attempt) -> Transfer:
     leg = _submit(target, attempt, None)
     try:
         chunk = await leg.next()
-    finally:
+        if chunk.handoff is None:
+            raise LegFailed("prefill ended without a hand-off", target.worker, retryable=True)
+    except BaseException:
         leg.close()
-    if chunk.handoff is None:
-        raise LegFailed("prefill ended without a hand-off", target.worker, retryable=True)
-    return Transfer(chunk.handoff, target.connection, leg.request.request_id, None, chunk.cached_tokens or 0)
+        # It may just have finished: then there is no leg any more to abort, but KV that nobody will fetch.
+        target.connection.release(leg.request.request_id)
+        raise
+    return Transfer(chunk.handoff, target.connection, leg, chunk.cached_tokens or 0)
 
 
 def _start_beside_decode(target: Target, attempt: Attempt) -> Transfer:
     handoff = rendezvous(target.connection.info, target.dp_rank)
-    leg = _submit(target, attempt, handoff)
-    return Transfer(handoff, target.connection, leg.request.request_id, leg)
+    return Transfer(handoff, target.connection, _submit(target, attempt, handoff))
 
 
 def _submit(target: Target, attempt: Attempt, handoff: KVHandoff | None) -> TokenStream:

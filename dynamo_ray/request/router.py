@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from backends.engine import RankLoad, Role
@@ -18,7 +18,7 @@ from dynamo_ray.request.connection import LegFailed, WorkerConnection
 from dynamo_ray.request.wire import WorkerInfo
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
-from dynamo_ray.routing.cost import Candidate, Decision, Leg, decide
+from dynamo_ray.routing.cost import READS_OVERLAP, Candidate, Decision, Leg, decide
 from dynamo_ray.routing.kv_index import Holder, KVIndex, RoutedPrefixes
 from dynamo_ray.routing.load import Booking, LoadTable
 
@@ -29,34 +29,34 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A rank of a live worker."""
+    """A rank of a live worker, with what was counted in for this leg."""
 
     connection: WorkerConnection
     dp_rank: int
+    booking: Booking
 
     @property
     def worker(self) -> str:
         return self.connection.info.worker
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where one attempt runs; booked until `Router.place` is left."""
 
     prefill: Target | None
     decode: Target
     _table: LoadTable
-    _bookings: list[Booking]
 
     def prefill_done(self) -> None:
         """The prefill rank is free of this prompt, though its KV may still wait there."""
         if self.prefill is not None:
-            self._table.free(self._bookings[0])
+            self._table.free(self.prefill.booking)
 
     def first_token(self) -> None:
         """Nothing of the prompt is left to compute."""
-        for booking in self._bookings:
-            self._table.prefilled(booking)
+        self.prefill_done()
+        self._table.prefilled(self.decode.booking)
 
 
 class _PromptHashes:
@@ -85,7 +85,7 @@ class Router:
         self.num_retries = 0
         self._routed = RoutedPrefixes()
         self._silent: set[Holder] = set()
-        """Ranks that tell nothing of what they hold."""
+        """Ranks that cache prompts and tell nothing of it."""
 
     def up(self, info: WorkerInfo) -> None:
         holders = _holders(info)
@@ -94,7 +94,7 @@ class Router:
             self.table.add_holder(holder)
         if self._config.events == "none" or not info.engine.kv_event_sources:
             self._silent.update(holders)
-            if self._config.router.policy != "round_robin":
+            if self._config.router.policy in READS_OVERLAP:
                 log.warning(
                     "%s publishes no KV events: what it caches is guessed from what was sent there in the last %g s",
                     info.worker,
@@ -130,53 +130,53 @@ class Router:
             NotReady: A role has no live worker.
             Overloaded: Every worker of a role refused this request for lack of room.
         """
-        bookings: list[Booking] = []
         hashes = _PromptHashes(attempt, self._config.model.name)
-        try:
+        with ExitStack() as booked:
             prefill = None
             if self._config.aggregated is None:
-                prefill = self._choose(Role.PREFILL, attempt, hashes, bookings)
-            role = Role.AGGREGATED if prefill is None else Role.DECODE
-            decode = self._choose(role, attempt, hashes, bookings)
-            yield Placement(prefill, decode, self.table, bookings)
-        finally:
-            for booking in bookings:
-                self.table.free(booking)
+                prefill = self._choose(Role.PREFILL, attempt, hashes)
+                booked.callback(self.table.free, prefill.booking)
+            decode = self._choose(Role.AGGREGATED if prefill is None else Role.DECODE, attempt, hashes)
+            booked.callback(self.table.free, decode.booking)
+            yield Placement(prefill, decode, self.table)
 
-    def _choose(self, role: Role, attempt: Attempt, hashes: _PromptHashes, bookings: list[Booking]) -> Target:
+    def _choose(self, role: Role, attempt: Attempt, hashes: _PromptHashes) -> Target:
         connections = {c.info.worker: c for c in self._eligible(role, attempt)}
         block_size = next(iter(connections.values())).info.engine.block_size
-        prompt, now_s = hashes.of(block_size), asyncio.get_running_loop().time()
-        overlap = self.index.overlap(prompt) | self._routed.overlap(prompt, now_s)
-        candidates = [
-            Candidate(holder, overlap.get(holder, 0), self.table.load(holder))
-            for connection in connections.values()
-            for holder in _holders(connection.info)
-        ]
         leg = Leg(-(-len(attempt.token_ids) // block_size), computes_prompt=role is not Role.DECODE)
+        holders = [holder for connection in connections.values() for holder in _holders(connection.info)]
+        overlap = self._overlap(leg, hashes, block_size)
+        candidates = [Candidate(holder, overlap.get(holder, 0), self.table.load(holder)) for holder in holders]
         decision = decide(leg, candidates, self._turns[role], self._config.router)
         self._turns[role] += 1
-        bookings.append(self._book(decision, leg))
         chosen = decision.chosen.holder
         if chosen in self._silent and leg.computes_prompt:
-            self._routed.routed(chosen, prompt, now_s)
-        return Target(connections[chosen.worker], chosen.dp_rank)
+            self._routed.routed(chosen, hashes.of(block_size), asyncio.get_running_loop().time())
+        return Target(connections[chosen.worker], chosen.dp_rank, self._book(decision, leg))
+
+    def _overlap(self, leg: Leg, hashes: _PromptHashes, block_size: int) -> dict[Holder, int]:
+        """Leading prompt blocks by holder; not looked up where no decision depends on it."""
+        if not leg.computes_prompt or self._config.router.policy not in READS_OVERLAP:
+            return {}
+        prompt = hashes.of(block_size)
+        return self.index.overlap(prompt) | self._routed.overlap(prompt, asyncio.get_running_loop().time())
 
     def _book(self, decision: Decision, leg: Leg) -> Booking:
         to_compute = leg.prompt_blocks - decision.chosen.overlap_blocks if leg.computes_prompt else 0
         return self.table.book(decision.chosen.holder, max(0, to_compute), leg.prompt_blocks)
 
     def _eligible(self, role: Role, attempt: Attempt) -> list[WorkerConnection]:
-        """Live workers, without those that failed this request while there are others."""
+        """Live workers, without those that failed this request while there are others; never one that was full."""
         live = self._workers.of_role(role)
         if not live:
             raise NotReady(f"no {role} worker is ready", retry_after_s=RETRY_AFTER_S)
         fresh = [c for c in live if c.info.worker not in attempt.excluded]
         if fresh:
             return fresh
-        if all(attempt.excluded[c.info.worker].overloaded for c in live):
+        with_room = [c for c in live if not attempt.excluded[c.info.worker].overloaded]
+        if not with_room:
             raise Overloaded(f"every {role} worker is full", retry_after_s=RETRY_AFTER_S)
-        return live
+        return with_room
 
 
 def _holders(info: WorkerInfo) -> list[Holder]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from backends.engine import KVHandoff
 from dynamo_ray.request.connection import TokenStream, WorkerConnection
@@ -21,30 +21,24 @@ class Transfer:
 
     handoff: KVHandoff
     prefill: WorkerConnection
-    prefill_id: str
-    leg: TokenStream | None = None
-    """The prefill leg, while it may still be running beside decode (concurrent style)."""
+    leg: TokenStream
+    """Open until `settle`: it may still be running beside decode (concurrent style), and its worker may die."""
     cached_tokens: int = 0
-    has_landed: bool = field(default=False)
-
-    def feeds(self, decode_leg: TokenStream) -> None:
-        """Let the failure of a prefill leg that still runs fail the decode leg that waits for it."""
-        if self.leg is not None:
-            self.leg.on_fail = decode_leg.fail
+    has_landed: bool = False
 
     def landed(self) -> None:
-        """Decode has produced a token, so it has its copy."""
+        """Decode has produced a token, so it has its copy: what becomes of the prefill side no longer matters."""
         if not self.has_landed:
             self.has_landed = True
-            if self.leg is not None and self.leg.peeked is not None:
+            self.leg.feeds(None)
+            if self.leg.peeked is not None:
                 self.cached_tokens = self.leg.peeked.cached_tokens or 0
 
     def settle(self) -> None:
         """End the prefill side: abort it if it still runs, free what decode never fetched."""
-        if self.leg is not None:
-            self.leg.close()
+        self.leg.close()
         if not self.has_landed:
-            self.prefill.release(self.prefill_id)
+            self.prefill.release(self.leg.request.request_id)
 
 
 def rendezvous(prefill: WorkerInfo, dp_rank: int) -> KVHandoff:

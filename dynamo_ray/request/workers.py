@@ -68,7 +68,7 @@ class Workers:
         """Hold one connection for as long as the worker is a member."""
         while True:
             lost = asyncio.Event()
-            connection = WorkerConnection(info, secret, self._timeout_s, self._heard, partial(self._lost, lost))
+            connection = WorkerConnection(info, secret, self._timeout_s, self._on_load, partial(self._lost, lost))
             try:
                 await connection.connect()
                 if connection.alive:
@@ -81,9 +81,6 @@ class Workers:
             finally:
                 connection.close()
             await asyncio.sleep(RECONNECT_S)
-
-    def _heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...], draining: bool) -> None:
-        self._on_load(info, loads)
 
     def _lost(self, lost: asyncio.Event, connection: WorkerConnection) -> None:
         if self._live.get(connection.info.worker) is connection:

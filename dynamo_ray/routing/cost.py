@@ -65,6 +65,8 @@ def round_robin(leg: Leg, candidates: Sequence[Candidate], turn: int, config: Ro
 
 
 POLICIES: dict[str, Policy] = {"blocks": blocks, "round_robin": round_robin}
+READS_OVERLAP = frozenset({"blocks"})
+"""Policies whose costs depend on what is cached where."""
 
 
 def decide(leg: Leg, candidates: Sequence[Candidate], turn: int, config: RouterConfig) -> Decision:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
+from backends.kv_events import AllBlocksCleared, BlockStored, KVEventBatch
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
+
+DEVICE_MEDIA = (None, "GPU")
+"""Where a block must be to count; vLLM says GPU on CPUs too. What moves to slower media is another event."""
 
 
 class Holder(NamedTuple):
@@ -20,12 +23,29 @@ class Holder(NamedTuple):
 class _Holding:
     """What one holder has said: its bit, and its own hashes in terms of ours."""
 
-    __slots__ = ("bit", "block_size", "ours")
+    __slots__ = ("bit", "copies", "ours")
 
     def __init__(self, bit: int) -> None:
         self.bit = bit
-        self.block_size = 0
         self.ours: dict[int | bytes, int] = {}
+        self.copies: dict[int | bytes, int] = {}
+        """Of its blocks stored more than once: copies beyond the first. Prompts computed side by side make them."""
+
+    def remove(self, theirs: int | bytes) -> int | None:
+        """One copy is gone; our hash if it was the last."""
+        copies = self.copies.pop(theirs, 0)
+        if copies == 0:
+            return self.ours.pop(theirs, None)
+        if copies > 1:
+            self.copies[theirs] = copies - 1
+        return None
+
+    def clear(self) -> list[int]:
+        """Everything is gone; what it was."""
+        gone = list(self.ours.values())
+        self.ours.clear()
+        self.copies.clear()
+        return gone
 
 
 class KVIndex:
@@ -47,9 +67,6 @@ class KVIndex:
     def num_blocks(self) -> int:
         return len(self._blocks)
 
-    def holders(self) -> tuple[Holder, ...]:
-        return tuple(self._holdings)
-
     def add_holder(self, holder: Holder) -> None:
         """Know a rank, holding nothing yet; adding it again changes nothing."""
         if holder in self._holdings:
@@ -63,7 +80,7 @@ class KVIndex:
         holding = self._holdings.pop(holder, None)
         if holding is None:
             return
-        self._drop(holding, list(holding.ours.values()))
+        self._drop(holding, holding.clear())
         index = holding.bit.bit_length() - 1
         del self._by_bit[index]
         self._free_bits.append(index)
@@ -72,8 +89,7 @@ class KVIndex:
         """Forget what a rank holds, not the rank: what it said can no longer be trusted."""
         holding = self._holdings.get(holder)
         if holding is not None:
-            self._drop(holding, list(holding.ours.values()))
-            holding.ours.clear()
+            self._drop(holding, holding.clear())
 
     def apply(self, holder: Holder, batch: KVEventBatch) -> None:
         """Take one batch of a rank's events, in order; those of an unknown holder are ignored."""
@@ -81,13 +97,15 @@ class KVIndex:
         if holding is None:
             return
         for event in batch.events:
-            if isinstance(event, BlockStored):
-                self._store(holding, event)
-            elif isinstance(event, BlockRemoved):
-                gone = [holding.ours.pop(block) for block in event.block_hashes if block in holding.ours]
-                self._drop(holding, gone)
-            elif isinstance(event, AllBlocksCleared):
+            if isinstance(event, AllBlocksCleared):
                 self.clear_holder(holder)
+            elif event.medium not in DEVICE_MEDIA:
+                continue
+            elif isinstance(event, BlockStored):
+                self._store(holding, event)
+            else:
+                removed = [holding.remove(block) for block in event.block_hashes]
+                self._drop(holding, [block for block in removed if block is not None])
 
     def overlap(self, hashes: Sequence[int]) -> dict[Holder, int]:
         """How many leading blocks of a chain each holder has; holders without the first are left out."""
@@ -118,6 +136,8 @@ class KVIndex:
         bit, blocks = holding.bit, self._blocks
         ours = block_hashes(event.token_ids, event.block_size, parent)
         for theirs, block in zip(event.block_hashes, ours, strict=False):
+            if theirs in holding.ours:
+                holding.copies[theirs] = holding.copies.get(theirs, 0) + 1
             holding.ours[theirs] = block
             blocks[block] = blocks.get(block, 0) | bit
 

@@ -28,7 +28,7 @@ class Ingress:
 
     async def connect(self, info: wire.WorkerInfo, secret: bytes = SECRET) -> WorkerConnection:
         connection = WorkerConnection(
-            info, secret, 5.0, lambda _info, loads, _draining: self.loads.append(loads), self.lost.append
+            info, secret, 5.0, lambda _info, loads: self.loads.append(loads), self.lost.append
         )
         await connection.connect()
         return connection

@@ -273,7 +273,7 @@ async def test_an_error_before_the_first_token_has_its_status(client: Client, se
 async def test_an_error_after_the_first_token_is_the_streams_last_event(
     client: Client, service: ScriptedService
 ) -> None:
-    plays(service, *spell("ab", end="")[:1], DeadlineExceeded("too slow", "timeout"))
+    plays(service, *spell("ab", end="")[:1], DeadlineExceeded("too slow", "x-request-timeout-s"))
     reply = await client.chat(stream=True)
     assert reply.status == 200
     assert reply.events[-1]["error"]["code"] == "deadline_exceeded"
@@ -380,10 +380,27 @@ async def test_headers_are_checked(client: Client, header: str, value: str, stat
         assert reply.error["param"].lower() == header
 
 
-async def test_a_timeout_and_a_cache_salt_reach_the_generation(client: Client, service: ScriptedService) -> None:
+async def test_a_deadline_and_a_cache_salt_reach_the_generation(client: Client, service: ScriptedService) -> None:
     body = {"model": MODEL, "prompt": "x", "cache_salt": "mine"}
+    before_s = asyncio.get_running_loop().time()
     await client.post("/v1/completions", body, x_request_timeout_s="1.5")
-    assert (service.asked[0].timeout_s, service.asked[0].cache_salt) == (1.5, "mine")
+    (asked,) = service.asked
+    assert asked.deadline_s is not None
+    assert 1.5 <= asked.deadline_s - before_s < 1.5 + 1.0
+    assert asked.cache_salt == "mine"
+
+
+async def test_no_request_has_more_than_64_choices_at_once(client: Client, service: ScriptedService) -> None:
+    gate = asyncio.Event()
+    plays(service, gate, *spell("a"))
+    asking = asyncio.create_task(client.complete(prompt=["x"] * 100, n=2))
+    while len(service.open) < 64:
+        await asyncio.sleep(0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(service.open) == 64
+    gate.set()
+    assert [choice["index"] for choice in (await asking).json["choices"]] == list(range(200))
 
 
 async def test_a_request_id_is_echoed_and_never_shared_with_the_engines(

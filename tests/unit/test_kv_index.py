@@ -53,6 +53,26 @@ def test_blocks_below_an_unknown_parent_are_counted_not_guessed() -> None:
     assert index.orphan_blocks == 2
 
 
+def test_a_block_stored_twice_is_held_until_both_copies_are_removed() -> None:
+    """vLLM computes equal prompts side by side without sharing, and tells of each copy."""
+    tokens = list(range(16))
+    twice = ((A, stored(tokens, 100)), (A, stored(tokens, 100)))
+    once_removed = index_with(*twice, (A, BlockRemoved([100, 101, 102, 103])))
+    assert once_removed.overlap(hashes(tokens)) == {A: 4}
+    assert index_with(*twice, *((A, BlockRemoved([100, 101, 102, 103])),) * 2).num_blocks == 0
+    assert (
+        index_with(*twice, (A, AllBlocksCleared()), (A, stored(tokens, 100)), (A, BlockRemoved([100]))).overlap(
+            hashes(tokens)
+        )
+        == {}
+    )
+
+
+def test_what_happens_on_slower_media_says_nothing_of_the_device() -> None:
+    tokens = list(range(8))
+    assert index_with((A, stored(tokens, 1)), (A, BlockRemoved([1, 2], "CPU"))).overlap(hashes(tokens)) == {A: 2}
+
+
 def test_removal_cuts_the_run_there() -> None:
     tokens = list(range(16))
     index = index_with((A, stored(tokens, 100)), (A, BlockRemoved([102, 12345])))
@@ -65,7 +85,9 @@ def test_clearing_and_removing_a_holder_leaves_the_others() -> None:
     assert index.overlap(hashes(tokens)) == {B: 4}
     index.remove_holder(B)
     assert index.num_blocks == 0
-    assert index.holders() == (A,)
+    index.apply(A, KVEventBatch(9, 0, [stored(tokens, 1)]))
+    index.apply(B, KVEventBatch(9, 0, [stored(tokens, 1)]))
+    assert index.overlap(hashes(tokens)) == {A: 4}
 
 
 def test_a_removed_holder_s_bit_is_used_again_without_its_blocks() -> None:

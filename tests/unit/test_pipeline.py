@@ -14,11 +14,13 @@ from backends.engine import LaunchSpec, Role, Sampling, TokenChunk
 from backends.simulated import SimulatedEngine
 from dynamo_ray.cluster.worker import WorkerServer
 from dynamo_ray.config import DeploymentConfig
-from dynamo_ray.errors import DeadlineExceeded, InvalidRequest, NotReady, Overloaded, WorkerLost
+from dynamo_ray.errors import ClientTooSlow, DeadlineExceeded, InvalidRequest, NotReady, Overloaded, WorkerLost
+from dynamo_ray.request import connection
 from dynamo_ray.request.dispatch import Dispatch
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.membership import Membership
 from dynamo_ray.request.wire import WorkerInfo
+from dynamo_ray.routing.kv_index import Holder
 from dynamo_ray.simulator import clock
 
 SECRET = b"k" * 32
@@ -190,7 +192,11 @@ def test_leaving_at_any_moment_before_the_first_token_frees_everything(style: st
     clock.run(main())
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 1.0, "seed": 7}, {"frequency_penalty": 0.5}],
+    ids=["greedy", "seeded", "greedy and penalised"],
+)
 def test_a_decode_worker_that_dies_mid_stream_costs_no_token(style: str, sampling: dict[str, Any]) -> None:
     async def main() -> None:
         expected = await aggregated_tokens(max_tokens=40, **sampling)
@@ -273,10 +279,133 @@ def test_full_workers_are_answered_with_overloaded_after_the_others_were_asked()
 def test_the_deadline_ends_a_request_and_frees_it(style: str) -> None:
     async def main() -> None:
         async with cluster(handoff=style) as made:
-            request = Generation("r", PROMPT, Sampling(10_000, temperature=0.0), timeout_s=0.5)
+            request = Generation("r", PROMPT, Sampling(10_000, temperature=0.0), deadline_s=0.5)
             with pytest.raises(DeadlineExceeded):
                 await collect(made, request)
             assert asyncio.get_running_loop().time() < 1.0
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_a_client_that_leaves_as_prefill_ends_frees_it(style: str, turns: int) -> None:
+    """At every turn of the loop from the end of the leg at its worker on, while its last chunk is on its way here."""
+
+    async def main() -> None:
+        async with cluster(handoff=style) as made:
+            server = made.nodes["prefill-0"].server
+            task = asyncio.create_task(collect(made, generation(max_tokens=500)))
+            while not server.num_requests:
+                await asyncio.sleep(0.0001)
+            await server._idle.wait()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_prefill_worker_that_falls_silent_after_the_hand_off_is_left_within_seconds(style: str) -> None:
+    """Decode waits for KV from a worker that hangs: its heartbeats end, its sockets stay open."""
+
+    async def main() -> None:
+        async with cluster(prefill=2, handoff=style, transfer_tokens_per_s=2.0) as made:
+            task = asyncio.create_task(collect(made, generation()))
+            await asyncio.sleep(1.0)
+            busy = next(
+                n for n in made.nodes.values() if n.info.role == "prefill" and n.engine.load()[0].kv_used_blocks
+            )
+            assert busy.server._heartbeats is not None
+            busy.server._heartbeats.cancel()
+            began_s = asyncio.get_running_loop().time()
+            while not made.dispatch.router.num_retries:
+                await asyncio.sleep(0.1)
+            assert asyncio.get_running_loop().time() - began_s < 7.0
+            assert made.nodes["decode-0"].server.num_requests == 1, "the leg that waited is aborted"
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.sleep(0.1)
+            assert made.nodes["decode-0"].server.num_requests == 0
+            assert made.dispatch.router.table.num_bookings == 0
+
+    clock.run(main())
+
+
+def test_a_full_prefill_worker_leaves_nothing_running_on_decode(style: str) -> None:
+    async def main() -> None:
+        async with cluster(prefill=2, handoff=style, max_queued_requests=8, prefill_tokens_per_s=200.0) as made:
+            made.nodes["prefill-0"].server.max_queued_requests = 1
+            expected = await aggregated_tokens()
+            answers = await asyncio.gather(*(collect(made, generation(f"r{i}")) for i in range(6)))
+            assert answers == [expected] * 6
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_worker_with_room_is_found_however_many_are_full() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=5, max_queued_requests=1, policy="round_robin") as made:
+            made.nodes["decode-4"].server.max_queued_requests = 8
+            answers = await asyncio.gather(*(collect(made, generation(f"r{i}")) for i in range(8)))
+            assert {len(tokens) for tokens in answers} == {20}
+            made.nodes["decode-4"].server.max_queued_requests = 0
+            held = [asyncio.create_task(collect(made, generation(f"h{i}", max_tokens=500))) for i in range(4)]
+            await asyncio.sleep(0.5)
+            with pytest.raises(Overloaded):
+                await collect(made, generation("one too many"))
+            for task in held:
+                task.cancel()
+            await asyncio.gather(*held, return_exceptions=True)
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_client_that_stops_reading_is_aborted_at_its_deadline() -> None:
+    async def main() -> None:
+        async with cluster() as made:
+            request = Generation("r", PROMPT, Sampling(5000, temperature=0.0), deadline_s=2.0)
+            chunks = made.dispatch.generate(request)
+            await anext(aiter(chunks))
+            await asyncio.sleep(3.0)
+            assert made.held_blocks() == 0
+            assert all(node.server.num_requests == 0 for node in made.nodes.values())
+            with pytest.raises(DeadlineExceeded):
+                async for _ in chunks:
+                    pass
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_client_that_leaves_too_much_unread_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_PENDING_TOKENS", 100)
+
+    async def main() -> None:
+        async with cluster() as made:
+            chunks = made.dispatch.generate(generation(max_tokens=5000))
+            await anext(aiter(chunks))
+            await asyncio.sleep(10.0)
+            assert made.held_blocks() == 0
+            with pytest.raises(ClientTooSlow):
+                async for _ in chunks:
+                    pass
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_prefill_rank_is_free_for_others_once_decode_has_begun(style: str) -> None:
+    async def main() -> None:
+        async with cluster(handoff=style) as made:
+            async with aclosing(made.dispatch.generate(generation(max_tokens=500))) as chunks:
+                await anext(aiter(chunks))
+                assert made.dispatch.router.table.load(Holder("prefill-0", 1, 0)).num_requests == 0
+                assert made.dispatch.router.table.load(Holder("decode-0", 1, 0)).num_requests == 1
             await made.settle()
 
     clock.run(main())
@@ -331,4 +460,3 @@ def test_without_events_a_repeated_prompt_goes_where_it_was_sent_before(policy: 
             return (await anext(chunks)).cached_tokens
 
     assert clock.run(main()) == expected
-
