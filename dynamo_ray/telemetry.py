@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from backends.engine import TokenChunk
@@ -18,7 +18,7 @@ _ITL_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.
 _E2E_BUCKETS_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 Reading = tuple[str, str, dict[str, str], float]
-"""(name, what it is, labels, value) of a gauge read when scraped."""
+"""(name, what it is, labels, value) read when scraped: a counter if its name ends in _total, else a gauge."""
 
 
 class Telemetry:
@@ -98,9 +98,10 @@ class _Readings(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        families: dict[str, GaugeMetricFamily] = {}
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for name, documentation, labels, value in self._readings():
             if name not in families:
-                families[name] = GaugeMetricFamily(name, documentation, labels=list(labels))
+                family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                families[name] = family(name, documentation, labels=list(labels))
             families[name].add_metric(list(labels.values()), value)
         return families.values()

@@ -106,7 +106,7 @@ class WorkerServer:
             await asyncio.sleep(wire.HEARTBEAT_INTERVAL_S)
 
     def _send_heartbeat(self) -> None:
-        frame = wire.encode(wire.Heartbeat(self._epoch, self.engine.load(), self.draining))
+        frame = wire.encode(wire.Heartbeat(self.engine.load(), self.draining))
         for peer in list(self.peers):
             peer.write(frame)
 
@@ -186,7 +186,7 @@ class _Peer(asyncio.Protocol):
         self._reader.max_frame_bytes = wire.MAX_FRAME_BYTES
         server.peers.add(self)
         self.write(wire.encode(wire.Welcome(wire.proof(server.secret, b"server", hello.nonce), server.info)))
-        self.write(wire.encode(wire.Heartbeat(server.info.epoch, server.engine.load(), server.draining)))
+        self.write(wire.encode(wire.Heartbeat(server.engine.load(), server.draining)))
 
     def _submit(self, request: GenerateRequest) -> None:
         server, request_id = self._server, request.request_id

@@ -55,10 +55,6 @@ class Dispatch:
             raise RuntimeError("the membership follower has ended")
 
     @property
-    def model_name(self) -> str:
-        return self.config.model.name
-
-    @property
     def max_model_len(self) -> int:
         """The smallest of all workers', in tokens.
 
@@ -90,10 +86,16 @@ class Dispatch:
             yield "dynamo_ray_worker_waiting_requests", "Requests that wait inside", labels, load.num_waiting
             yield "dynamo_ray_worker_kv_used_blocks", "KV blocks that requests hold", labels, load.kv_used_blocks
             yield "dynamo_ray_worker_kv_total_blocks", "KV blocks there are", labels, load.kv_total_blocks
-        yield "dynamo_ray_index_blocks", "Distinct blocks in the KV index", {}, self.router.index.num_blocks
-        yield "dynamo_ray_index_orphan_blocks", "Blocks whose parent was unknown", {}, self.router.index.orphan_blocks
-        yield "dynamo_ray_kv_event_gaps", "Gaps seen in KV events", {}, self.events.num_gaps
-        yield "dynamo_ray_retries", "Requests moved to other workers", {}, self.router.num_retries
+        index = self.router.index
+        yield "dynamo_ray_index_blocks", "Distinct blocks in the KV index", {}, index.num_blocks
+        yield (
+            "dynamo_ray_index_orphan_blocks_total",
+            "Blocks whose parent was unknown",
+            {},
+            self.router.index.orphan_blocks,
+        )
+        yield "dynamo_ray_kv_event_gaps_total", "Gaps seen in KV events", {}, self.events.num_gaps
+        yield "dynamo_ray_retries_total", "Requests moved to other workers", {}, self.router.num_retries
 
     def _engines(self) -> list[EngineInfo]:
         engines = [c.info.engine for role in self.config.roles for c in self.workers.of_role(role)]

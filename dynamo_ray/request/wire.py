@@ -1,7 +1,7 @@
 """The data plane's frames: what an ingress and a worker say to each other over one TCP connection.
 
 A frame is a 4-byte big-endian length and one msgpack message. The connection opens with a mutual
-challenge-response over a shared secret (HMAC-SHA256); nothing is decoded beyond it from a peer that fails.
+challenge-response over a shared secret (HMAC-SHA256); nothing else is decoded from a peer that has not passed it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,6 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     """Each second, whatever else happens."""
 
-    epoch: int
     load: tuple[RankLoad, ...]
     draining: bool = False
 

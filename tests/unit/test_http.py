@@ -390,6 +390,11 @@ async def test_a_deadline_and_a_cache_salt_reach_the_generation(client: Client, 
     assert asked.cache_salt == "mine"
 
 
+async def test_any_64_bit_seed_is_taken(client: Client, service: ScriptedService) -> None:
+    await client.complete(seed=-1, n=2)
+    assert {asked.sampling.seed for asked in service.asked} == {2**63 - 1, 0}
+
+
 async def test_no_request_has_more_than_64_choices_at_once(client: Client, service: ScriptedService) -> None:
     gate = asyncio.Event()
     plays(service, gate, *spell("a"))

@@ -34,7 +34,7 @@ def sampling(body: ChatBody | CompletionBody, num_prompt_tokens: int = 10, conte
 @pytest.mark.parametrize(
     ("field", "bad"),
     [
-        ("temperature", [-0.1, 2.1, "hot", True, [1]]),
+        ("temperature", [-0.1, 0.005, 2.1, "hot", True, [1]]),
         ("top_p", [0, -1, 1.01, "x"]),
         ("top_k", [-2, 1.5, "x"]),
         ("min_p", [-0.1, 1.1]),
@@ -43,7 +43,7 @@ def sampling(body: ChatBody | CompletionBody, num_prompt_tokens: int = 10, conte
         ("repetition_penalty", [0, -1, 2.1]),
         ("max_tokens", [0, -1, 1.5, "x"]),
         ("min_tokens", [-1, "x"]),
-        ("seed", [-1, 1.5, 2**63, 2**70, "x"]),
+        ("seed", [-(2**63) - 1, 1.5, 2**63, 2**70, "x"]),
         ("n", [0, 129, "x"]),
         ("stop", ["", ["a", ""], ["a"] * 17, 3, ["x" * 5000]]),
         ("stop_token_ids", ["x", 3]),
