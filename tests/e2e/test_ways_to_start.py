@@ -7,9 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deployments import ROOT, free_port, serve_run
+import pytest
+from deployments import ROOT, free_port, http, serve_run
+from engines import TINY_DEEPSEEK, prompt
+from reference import answers_of_transformers
+from tokenizers import Tokenizer
+
+from dynamo_ray import models
 
 SIM = "byte-tokenizer"
+
+SERVE_FROM_PYTHON = """
+import sys
+from dynamo_ray import up
+
+with up(sys.argv[1], port=int(sys.argv[2])) as deployment:
+    print(deployment.url, flush=True)
+    sys.stdin.read()
+"""
 
 SECOND_TURNS = """
 import json, sys, urllib.request
@@ -66,3 +81,24 @@ def test_plain_serve_run_works_and_says_what_haproxy_mode_would_gain(tmp_path: P
 def test_second_turns_find_the_first_under_kv_aware_routing_and_not_under_round_robin() -> None:
     assert all(tokens >= 400 for tokens in from_python("blocks")["cached"])
     assert from_python("round_robin") == {"phases": ["ready"] * 3, "cached": [0, 0, 0]}
+
+
+@pytest.mark.filterwarnings("default")
+def test_dep_workers_started_from_python_answer_as_transformers_does() -> None:
+    """Attention data parallel and expert parallel over 2 ranks, prefill and decode apart, through the whole path."""
+    prompts = [prompt(length, seed=11, vocabulary=(0, 256)) for length in (1, 16, 17, 40, 130, 300)]
+    tokenizer = Tokenizer.from_file(str(models.prepare(TINY_DEEPSEEK) / "tokenizer.json"))
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers_of_transformers(prompts, 16)]
+    command = [sys.executable, "-c", SERVE_FROM_PYTHON, "configs/local-dep.yaml", str(free_port())]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout is not None
+        url = next((line.strip() for line in serving.stdout if line.startswith("http")), None)
+        assert url is not None, "it ended by itself"
+        body = {"model": TINY_DEEPSEEK, "prompt": prompts, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+        status, text = http("POST", f"{url}/v1/completions", body, timeout_s=120)
+        _, metrics = http("GET", f"{url}/metrics")
+        serving.communicate("", timeout=60)
+    assert status == 200, text
+    assert [choice["text"] for choice in json.loads(text)["choices"]] == expected
+    assert f"dynamo_ray_transferred_tokens_total {sum(len(ids) for ids in prompts[1:])}.0" in metrics
+    assert serving.returncode == 0
