@@ -1,8 +1,4 @@
-"""One validated, frozen document: what `args:` of a `serve run` file says.
-
-Topology lives here (a change rebuilds the deployment). What may change in place is `Tunables`, the Ingress
-deployment's `user_config`.
-"""
+"""One validated, frozen document: what `args:` of a `serve run` file says."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from backends.engine import Role
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(_Frozen):

@@ -72,6 +72,8 @@ def read(file: Path) -> Document:
         raise ConfigError((Problem(str(file), f"is not valid YAML: {what}", line),)) from error
     except yaml.YAMLError as error:
         raise ConfigError((Problem(str(file), f"is not valid YAML: {error}"),)) from error
+    except RecursionError as error:
+        raise ConfigError((Problem(str(file), "contains itself, or is nested too deeply"),)) from error
 
 
 class _Reader:
@@ -96,7 +98,15 @@ class _Reader:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self._build(item, (*path, index)) for index, item in enumerate(node.value)]
-        return self._loader.construct_object(node, deep=True)
+        return self._constructed(node)
+
+    def _constructed(self, node: yaml.Node) -> Any:
+        try:
+            return self._loader.construct_object(node, deep=True)
+        except (ValueError, KeyError, AttributeError) as error:
+            # As PyYAML 6 leaves it: 2024-02-30, `!!int x`, `!!bool x`, `!!timestamp x`.
+            message = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
 
     def _mapping(self, node: yaml.MappingNode, path: Place) -> dict[Any, Any]:
         own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -104,7 +114,7 @@ class _Reader:
         self._loader.flatten_mapping(node)
         built: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = self._loader.construct_object(key_node, deep=True)
+            key = self._constructed(key_node)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "found an unhashable key", key_node.start_mark)
             here = (*path, key if isinstance(key, int) else str(key))
@@ -154,13 +164,12 @@ def problems_of(document: Document, path: Place, model: type[BaseModel], error: 
     """pydantic's findings in our words."""
     found = []
     for item in error.errors():
-        loc = tuple(part for part in item["loc"] if _is_place(part))
-        where = (*path, *loc)
+        where = _place(document, path, item["loc"])
         if item["type"] == "extra_forbidden":
-            inner = model_at(model, loc[:-1])
-            found.append(document.problem(where, unknown_key(str(loc[-1]), known_keys(inner) if inner else ())))
+            inner = model_at(model, where[len(path) : -1])
+            found.append(document.problem(where, unknown_key(str(where[-1]), known_keys(inner) if inner else ())))
         elif item["type"] == "missing":
-            found.append(document.problem(where, "missing"))
+            found.append(document.problem((*where, item["loc"][-1]), "missing"))
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = item["input"]
@@ -169,9 +178,12 @@ def problems_of(document: Document, path: Place, model: type[BaseModel], error: 
     return found
 
 
-def _is_place(part: str | int) -> bool:
-    """pydantic also puts the tried branch of a union into a location; only keys and indexes are places."""
-    return isinstance(part, int) or (part.isidentifier() and part not in ("int", "str", "float", "bool"))
+def _place(document: Document, path: Place, location: Place) -> Place:
+    """What the document has of a location; pydantic also puts the tried branch of a union into it."""
+    for part in location:
+        if (*path, part) in document.lines:
+            path = (*path, part)
+    return path
 
 
 def unknown_key(key: str, known: tuple[str, ...]) -> str:

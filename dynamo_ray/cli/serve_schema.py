@@ -48,6 +48,8 @@ def _check_application(document: Document, path: Place, app: dict[str, Any]) -> 
         if name not in DEPLOYMENTS:
             message = unknown_key(str(name), DEPLOYMENTS).replace("unknown key", f"no deployment {name!r}")
             problems.append(document.problem((*here, "name"), message))
+        if deployment.get("user_config") is not None:
+            problems.append(document.problem((*here, "user_config"), "nothing of ours reads it; write it under `args`"))
         if name == "Orchestrator" and deployment.get("num_replicas", 1) != 1:
             problems.append(document.problem((*here, "num_replicas"), "there is exactly 1 orchestrator; write 1"))
         if name == "Ingress" and _autoscales(deployment):

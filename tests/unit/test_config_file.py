@@ -57,6 +57,21 @@ def test_a_good_file_has_no_problems_and_one_application(tmp_path: Path) -> None
             8,
             "does not divide",
         ),
+        ("backend:", "kv-events: zmq\n      backend:", "applications[0].args.kv-events", 6, "did you mean `events`?"),
+        (
+            "backend:",
+            "limits: {max-retries: 3}\n      backend:",
+            "applications[0].args.limits.max-retries",
+            6,
+            "did you mean `max_retries`?",
+        ),
+        (
+            "replicas: 2",
+            "resources: {memory_gib: .inf}",
+            "applications[0].args.aggregated.resources.memory_gib",
+            8,
+            "finite",
+        ),
     ],
 )
 def test_each_mistake_has_its_field_its_line_and_the_fix(
@@ -86,7 +101,21 @@ def test_args_that_are_no_mapping_are_said(tmp_path: Path) -> None:
     assert (problem.field, problem.line) == ("applications[0].args", 2)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "\t- x", "a: *nowhere", "? [x]\n: {}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [1",
+        "\t- x",
+        "a: *nowhere",
+        "? [x]\n: {}",
+        "a: 2024-02-30",
+        "a: !!int x",
+        "a: !!bool x",
+        "a: !!timestamp x",
+        "a: &x [*x]",
+        "a: " + "[" * 2000,
+    ],
+)
 def test_what_is_no_yaml_is_one_clear_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
