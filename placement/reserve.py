@@ -96,20 +96,24 @@ async def find(prefix: str) -> dict[str, Reservation | None]:
 
 
 async def release(name: str) -> None:
-    """Remove every group of that name, in whatever state, and wait until Ray has; none is fine.
+    """Remove every group that now has that name, in whatever state, and wait until Ray has; none is fine.
 
     Processes that still run inside are killed by Ray.
     """
     deadline = time.monotonic() + RELEASE_TIMEOUT_S
-    while time.monotonic() < deadline:
-        table = await asyncio.to_thread(placement_group_table)
-        left = [key for key, entry in table.items() if entry["name"] == name and entry["state"] != "REMOVED"]
-        if not left:
-            return
-        for key in left:
-            await asyncio.to_thread(remove_placement_group, _handle(key))
+    left = await _ids(name)
+    while left:
+        if time.monotonic() >= deadline:
+            raise ReservationError(name, f"Ray did not remove placement group {name} within {RELEASE_TIMEOUT_S:g} s")
+        for group_id in left:
+            await asyncio.to_thread(remove_placement_group, _handle(group_id))
         await asyncio.sleep(POLL_S)
-    raise ReservationError(name, f"Ray did not remove placement group {name} within {RELEASE_TIMEOUT_S:g} s")
+        left &= await _ids(name)  # a group that a successor makes meanwhile is its own
+
+
+async def _ids(name: str) -> set[str]:
+    table = await asyncio.to_thread(placement_group_table)
+    return {key for key, entry in table.items() if entry["name"] == name and entry["state"] != "REMOVED"}
 
 
 def _create(name: str, placement: WorkerPlacement) -> PlacementGroup:

@@ -34,6 +34,8 @@ from placement.reserve import Reservation, ReservationError
 log = logging.getLogger("ray.serve")
 
 HEALTH_TIMEOUT_S = 10.0
+DRAIN_ANSWER_TIMEOUT_S = 3.0
+"""Beyond the time limit of the drain itself."""
 LEASE_TIMEOUT_S = 60.0
 
 
@@ -46,7 +48,7 @@ class Fleet:
         self._app, self._config, self._memory, self._secret = app, config, memory, secret
         self._placements: dict[str, WorkerPlacement] = {}
         self._reservations: dict[str, Reservation] = {}
-        self._starts: dict[str, asyncio.Task[Gang]] = {}
+        self._starts: dict[str, asyncio.Task[Started | Died | GroupLost]] = {}
         self._reserving = asyncio.Lock()
 
     async def adopt(self) -> list[Adopted]:
@@ -82,28 +84,30 @@ class Fleet:
         return Reserved(worker)
 
     async def start(self, worker: str, epoch: int, progress: Callable[[Progress], None]) -> Started | Died | GroupLost:
-        if worker in await self.lost_groups():
-            return GroupLost(worker, "a node of its placement group is lost")
-        await asyncio.to_thread(self._memory.remember_epoch, worker, epoch)
-        launch = gangs.start(
-            self._config,
-            self.works[worker],
-            self._assignments(worker, epoch),
-            self._reservations[worker],
-            self._placements[worker],
-            self._secret,
-            lambda detail: progress(Progress(worker, epoch, detail)),
-        )
-        task = self._starts[worker] = asyncio.ensure_future(launch)
+        task = self._starts[worker] = asyncio.ensure_future(self._start(worker, epoch, progress))
         try:
-            gang = await task
-        except (gangs.GangError, ValueError) as error:
-            return Died(worker, epoch, str(error))
+            return await task
         except asyncio.CancelledError:
             if not task.cancelled():
                 raise
             return Died(worker, epoch, "its start was called off")
-        self.gangs[worker] = gang
+
+    async def _start(self, worker: str, epoch: int, progress: Callable[[Progress], None]) -> Started | Died | GroupLost:
+        if worker in await self.lost_groups():
+            return GroupLost(worker, "a node of its placement group is lost")
+        await asyncio.to_thread(self._memory.remember_epoch, worker, epoch)
+        try:
+            gang = self.gangs[worker] = await gangs.start(
+                self._config,
+                self.works[worker],
+                self._assignments(worker, epoch),
+                self._reservations[worker],
+                self._placements[worker],
+                self._secret,
+                lambda detail: progress(Progress(worker, epoch, detail)),
+            )
+        except (gangs.GangError, ValueError) as error:
+            return Died(worker, epoch, str(error))
         return Started(worker, epoch, gang.info)
 
     async def watch(self, worker: str, epoch: int) -> Died:
@@ -166,6 +170,6 @@ class Fleet:
 
 async def _drain(leader: gangs.Actor, timeout_s: float) -> None:
     try:
-        await leader.drain.remote(timeout_s)
-    except ray.exceptions.RayError as error:
+        await asyncio.wait_for(leader.drain.remote(timeout_s), timeout_s + DRAIN_ANSWER_TIMEOUT_S)
+    except (ray.exceptions.RayError, TimeoutError) as error:
         log.info("not drained: %s", gangs.reason_of(error))

@@ -52,6 +52,7 @@ class Description:
 
     assignment: Assignment
     started: bool
+    """It runs its share of the engine, and has not been told to drain or stop."""
     info: WorkerInfo | None
     """On the leader, once it serves."""
     pid: int
@@ -67,6 +68,7 @@ class EngineNode:
         self._server: WorkerServer | None = None
         self._info: WorkerInfo | None = None
         self._started = asyncio.Event()
+        self._ending = False
         self._renewed_s = time.monotonic()
         self._lease: asyncio.Task[None] | None = None
 
@@ -122,14 +124,17 @@ class EngineNode:
 
     async def describe(self) -> Description:
         self._renewed_s = time.monotonic()
-        return Description(self._assignment, self._started.is_set(), self._info, os.getpid())
+        started = self._started.is_set() and not self._ending
+        return Description(self._assignment, started, self._info, os.getpid())
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for those inside; False when some were left at the end."""
+        """Refuse new requests from now on and wait for those inside; False when some were left at the end."""
+        self._ending = True
         return self._server is None or await self._server.drain(timeout_s)
 
     async def stop(self) -> None:
         """Stop serving and the engine; safe to call twice. The caller kills this actor next."""
+        self._ending = True
         server, engine = self._server, self._engine
         self._server = self._engine = None
         if server is not None:

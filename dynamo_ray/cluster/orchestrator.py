@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from ray import serve
 
 from dynamo_ray.cluster.fleet import Fleet
 from dynamo_ray.cluster.lifecycle import (
+    Died,
     Drain,
+    Drained,
     Event,
     GroupLost,
     Instruction,
     Kill,
+    NotReserved,
     Publish,
     Release,
     Reserve,
@@ -43,9 +46,28 @@ STOPPING_WATCH_S = 0.5
 PRESENCE_POLL_S = 1.0
 HEALTH_PERIOD_S = 5.0
 GROUP_POLL_S = 2.0
+RETRY_S = 1.0
 TEARDOWN_MARGIN_S = 60.0
 """Beyond draining: to stop engines, kill actors and release groups."""
 MAX_WATCHERS = 10_000
+
+
+Work = Callable[[], Coroutine[Any, Any, Event]]
+
+
+async def outcome(work: Work, otherwise: Callable[[str], Event] | None = None) -> Event:
+    """What came of an instruction, always: unanswered, it would hold its worker for ever.
+
+    Work that raises is answered by `otherwise`, or is done again until it does not.
+    """
+    while True:
+        try:
+            return await work()
+        except Exception as error:  # the border: whatever Ray raises
+            log.exception("an instruction failed")
+            if otherwise is not None:
+                return otherwise(str(error) or repr(error))
+        await asyncio.sleep(RETRY_S)
 
 
 class Orchestrator:
@@ -69,9 +91,11 @@ class Orchestrator:
         self._membership = Membership(int(time.time() * 1000), secret, (), self._supervisor.statuses())
         for adopted in await self._fleet.adopt():
             self._apply(adopted)
-            self._spawn(self._answer(self._fleet.watch(adopted.worker, adopted.epoch)))
-        for loop in (self._tick_loop, self._presence_loop, self._health_loop, self._group_loop):
-            self._spawn(loop())
+            self._watch(adopted.worker, adopted.epoch)
+        self._spawn(self._tick_loop())
+        self._spawn(self._repeat(PRESENCE_POLL_S, self._check_presence))
+        self._spawn(self._repeat(HEALTH_PERIOD_S, self._check_health))
+        self._spawn(self._repeat(GROUP_POLL_S, self._check_groups))
 
     async def watch(self, version: int) -> Membership:
         """The membership, as soon as its version is not `version`; the same one after 10 s."""
@@ -89,8 +113,9 @@ class Orchestrator:
         """End everything if the application is being deleted; leave everything if only this replica is replaced."""
         if not hasattr(self, "_supervisor"):
             return
-        if await asyncio.to_thread(presence, self._app) in (Presence.DELETING, Presence.ABSENT):
+        if await self._is_deleted():
             self._stop()
+        if self._supervisor.stopping:
             await self._stopped.wait()
         for task in list(self._tasks):
             task.cancel()
@@ -108,25 +133,32 @@ class Orchestrator:
             self._spawn(self._forget())
 
     def _execute(self, instruction: Instruction) -> None:
+        fleet = self._fleet
         match instruction:
             case Reserve(worker):
-                self._spawn(self._answer(self._fleet.reserve(worker)))
+                self._answer(lambda: fleet.reserve(worker), lambda why: NotReserved(worker, why))
             case Start(worker, epoch):
-                self._spawn(self._answer(self._fleet.start(worker, epoch, self._apply)))
+                self._answer(lambda: fleet.start(worker, epoch, self._apply), lambda why: Died(worker, epoch, why))
             case Drain(worker, epoch):
-                self._spawn(self._answer(self._fleet.drain(worker, epoch)))
+                self._answer(lambda: fleet.drain(worker, epoch), lambda _: Drained(worker, epoch))
             case Kill(worker, epoch):
-                self._spawn(self._answer(self._fleet.kill(worker, epoch)))
+                self._answer(lambda: fleet.kill(worker, epoch))
             case Release(worker):
-                self._spawn(self._answer(self._fleet.release(worker)))
+                self._answer(lambda: fleet.release(worker))
             case Publish():
                 self._publish()
 
-    async def _answer(self, work: Coroutine[Any, Any, Event]) -> None:
-        event = await work
-        self._apply(event)
-        if isinstance(event, Started):
-            self._spawn(self._answer(self._fleet.watch(event.worker, event.epoch)))
+    def _answer(self, work: Work, otherwise: Callable[[str], Event] | None = None) -> None:
+        async def answer() -> None:
+            event = await outcome(work, otherwise)
+            self._apply(event)
+            if isinstance(event, Started):
+                self._watch(event.worker, event.epoch)
+
+        self._spawn(answer())
+
+    def _watch(self, worker: str, epoch: int) -> None:
+        self._answer(lambda: self._fleet.watch(worker, epoch), lambda why: Died(worker, epoch, why))
 
     def _publish(self) -> None:
         before, statuses = self._membership, self._supervisor.statuses()
@@ -145,9 +177,15 @@ class Orchestrator:
             log.info("application %s is being deleted: ending its workers", self._app)
             self._apply(StopAll())
 
+    async def _is_deleted(self) -> bool:
+        return await asyncio.to_thread(presence, self._app) in (Presence.DELETING, Presence.ABSENT)
+
     async def _forget(self) -> None:
-        await asyncio.to_thread(self._memory.forget)
-        self._stopped.set()
+        try:
+            if await self._is_deleted():  # deployed again meanwhile, it has a successor, who remembers
+                await asyncio.to_thread(self._memory.forget)
+        finally:
+            self._stopped.set()
 
     async def _tick_loop(self) -> None:
         self._apply(Tick())
@@ -160,25 +198,27 @@ class Orchestrator:
             except TimeoutError:
                 self._apply(Tick())
 
-    async def _presence_loop(self) -> None:
+    async def _repeat(self, every_s: float, check: Callable[[], Awaitable[None]]) -> None:
+        while not self._supervisor.stopped:
+            await asyncio.sleep(every_s)
+            try:
+                await check()
+            except Exception:  # the border: Ray may be away for a moment, and the next check must come
+                log.exception("a check of application %s failed", self._app)
+
+    async def _check_presence(self) -> None:
         """Start to end everything as soon as deletion begins: Serve calls us last, after its own waits."""
-        while not self._supervisor.stopping:
-            await asyncio.sleep(PRESENCE_POLL_S)
-            if await asyncio.to_thread(presence, self._app) is Presence.DELETING:
-                self._stop()
+        if await asyncio.to_thread(presence, self._app) is Presence.DELETING:
+            self._stop()
 
-    async def _health_loop(self) -> None:
-        while not self._supervisor.stopping:
-            await asyncio.sleep(HEALTH_PERIOD_S)
-            checks = (self._fleet.check(worker, epoch) for worker, epoch in self._supervisor.serving())
-            for health in await asyncio.gather(*checks):
-                self._apply(health)
+    async def _check_health(self) -> None:
+        checks = (self._fleet.check(worker, epoch) for worker, epoch in self._supervisor.serving())
+        for health in await asyncio.gather(*checks):
+            self._apply(health)
 
-    async def _group_loop(self) -> None:
-        while not self._supervisor.stopping:
-            await asyncio.sleep(GROUP_POLL_S)
-            for worker in await self._fleet.lost_groups():
-                self._apply(GroupLost(worker, "a node of its placement group is lost"))
+    async def _check_groups(self) -> None:
+        for worker in await self._fleet.lost_groups():
+            self._apply(GroupLost(worker, "a node of its placement group is lost"))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

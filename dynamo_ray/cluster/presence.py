@@ -5,12 +5,12 @@ from __future__ import annotations
 from enum import StrEnum
 
 import ray
-from ray import serve
-from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.schema import ApplicationStatus, ServeInstanceDetails
 
 ORCHESTRATOR = "Orchestrator"
 """The deployment that owns an application's workers."""
+ANSWER_TIMEOUT_S = 10.0
 
 
 class Presence(StrEnum):
@@ -27,9 +27,17 @@ class Presence(StrEnum):
 def presence(app: str) -> Presence:
     """Ask the controller. Blocks; a few ms."""
     try:
-        found = serve.status().applications.get(app)
-    except (ray.exceptions.RayError, RayServeException):
+        # By name, each time: `serve.status()` goes on asking the first one it found after that has died.
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+    except ValueError:
+        return Presence.ABSENT
+    except ray.exceptions.RayError:
         return Presence.UNKNOWN
+    try:
+        details = ray.get(controller.get_serve_instance_details.remote(), timeout=ANSWER_TIMEOUT_S)
+    except ray.exceptions.RayError:
+        return Presence.UNKNOWN
+    found = ServeInstanceDetails(**details).applications.get(app)
     if found is None or found.status is ApplicationStatus.NOT_STARTED:
         return Presence.ABSENT
     if found.status is ApplicationStatus.DELETING:

@@ -147,8 +147,8 @@ class Supervisor:
         )
 
     def serving(self) -> tuple[tuple[str, int], ...]:
-        """(worker, epoch) of the gangs whose health is to be checked."""
-        return tuple((w.name, w.epoch) for w in self._workers.values() if w.step is Step.READY)
+        """(worker, epoch) of the gangs whose health is to be checked, which also renews their leases."""
+        return tuple((w.name, w.epoch) for w in self._workers.values() if w.step in (Step.READY, Step.DRAINING))
 
     def handle(self, event: Event, now_s: float) -> tuple[Instruction, ...]:
         """Take one event; returns what to do now, in order, `Publish` last and at most once."""

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import psutil
@@ -19,6 +19,10 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from dynamo_ray.cluster import gang, orchestrator
+from dynamo_ray.cluster.fleet import Fleet
+from dynamo_ray.cluster.lifecycle import Died, Drained, Gone, Started
+from dynamo_ray.cluster.memory import Memory
+from dynamo_ray.cluster.presence import Presence, presence
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request.membership import Membership, Phase
 from placement import reserve
@@ -247,6 +251,60 @@ def test_an_engine_that_cannot_start_is_explained_and_leaves_nothing(cluster: Cl
 def test_deleting_the_application_while_a_worker_starts_leaves_nothing(cluster: Cluster) -> None:
     with deployed(config(aggregated={"replicas": 2, "engine_args": {"start_s": 60.0}})) as it:
         it.until(lambda seen: all(s.phase is Phase.STARTING for s in seen.statuses), "both are starting")
+
+
+@contextlib.asynccontextmanager
+async def fleet_of_one(**limits: Any) -> AsyncIterator[Fleet]:
+    """A fleet without an orchestrator, whose one worker has its place."""
+    made = Fleet(APP, config(limits=limits), Memory(APP), b"secret")
+    assert await made.adopt() == []
+    await made.reserve("aggregated-0")
+    try:
+        yield made
+    finally:
+        await made.kill("aggregated-0", 1)
+        await made.release("aggregated-0")
+        assert gang.actor_names(APP) == []
+        assert await reserve.find(f"{APP}/") == {}
+
+
+async def test_a_start_called_off_in_its_first_moment_creates_nothing_later(cluster: Cluster) -> None:
+    async with fleet_of_one() as fleet:
+        starting = asyncio.create_task(fleet.start("aggregated-0", 1, lambda progress: None))
+        await asyncio.sleep(0)
+        assert await fleet.kill("aggregated-0", 1) == Gone("aggregated-0", 1)
+        assert isinstance(await starting, Died)
+        assert gang.actor_names(APP) == []
+
+
+async def test_a_draining_gang_is_not_adopted(cluster: Cluster) -> None:
+    async with fleet_of_one(drain_timeout_s=0.2) as fleet:
+        assert isinstance(await fleet.start("aggregated-0", 1, lambda progress: None), Started)
+        assert await fleet.drain("aggregated-0", 1) == Drained("aggregated-0", 1)
+        assert await Fleet(APP, config(), Memory(APP), b"secret").adopt() == []
+        assert gang.actor_names(APP) == []
+
+
+async def test_a_leader_that_hangs_holds_up_no_drain(cluster: Cluster) -> None:
+    async with fleet_of_one(drain_timeout_s=0.2) as fleet:
+        await fleet.start("aggregated-0", 1, lambda progress: None)
+        ((_, description),) = (await gang.find(APP))["aggregated-0"]
+        assert description is not None
+        os.kill(description.pid, signal.SIGSTOP)
+        async with asyncio.timeout(10.0):
+            assert await fleet.drain("aggregated-0", 1) == Drained("aggregated-0", 1)
+
+
+def test_a_serve_that_was_shut_down_is_absent_for_who_knew_it(cluster: Cluster) -> None:
+    class Asker:
+        def ask(self) -> str:
+            return presence(APP)
+
+    asker = ray.remote(Asker).options(num_cpus=0).remote()
+    assert ray.get(asker.ask.remote()) == Presence.ABSENT
+    serve.shutdown()
+    assert ray.get(asker.ask.remote()) == Presence.ABSENT
+    serve.start(proxy_location="Disabled")
 
 
 def test_a_worker_of_a_lost_node_moves_to_another(cluster: Cluster) -> None:

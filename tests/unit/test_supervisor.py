@@ -188,6 +188,7 @@ def test_stopping_drains_what_serves_and_releases_everything() -> None:
     driven.ready("a")
     assert driven(StopAll()) == [Drain("a", 1)]  # b is being reserved
     assert driven.supervisor.members() == (info("a", 1),)  # its streams go on
+    assert driven.supervisor.serving() == (("a", 1),)  # and so does its lease
     assert driven(Drained("a", 1)) == [Kill("a", 1)]
     assert driven(Reserved("b")) == [Release("b")]
     assert driven(Gone("a", 1)) == [Release("a")]
