@@ -17,6 +17,8 @@ from dynamo_ray.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
+STOP_MARGIN_S = 10.0
+"""Beyond draining: to end what was still running."""
 MAX_ONGOING_REQUESTS = 100_000
 """Serve's own limit is kept out of the way: what is too much is decided by what the workers can take."""
 
@@ -56,6 +58,8 @@ def application(config: DeploymentConfig, orchestrator: serve.Application) -> se
         serve.ingress()(Ingress),
         name="Ingress",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        # Its streams may take as long to end as their workers' drain.
+        graceful_shutdown_timeout_s=config.limits.drain_timeout_s + STOP_MARGIN_S,
         ray_actor_options={"num_cpus": 0.1},
         # A line a request costs more CPU than a short request's routing; /metrics counts them.
         logging_config={"enable_access_log": False},
