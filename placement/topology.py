@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isinf
 from typing import Any
 
 NODE_ID_LABEL = "ray.io/node-id"
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
+DOMAIN_LABEL = "ray.io/gpu-domain"
+"""Nodes of one value share an NVLink domain. Ray does not find it out by itself (`ray start --labels`)."""
 ACCELERATOR_RESOURCE = "accelerator_type:"
 NO_ACCELERATOR = "cpu"
 """The accelerator of workers that compute on CPU cores."""
+
+UNLIMITED_BYTES = 2**60
+"""Memory of a host that is only planned, and has what is asked of it; its CPUs are infinitely many."""
 
 _EPSILON = 1e-6
 """Ray counts resources in 1e-4; sums of fractions differ in the last float bits."""
@@ -26,8 +32,9 @@ class Resources:
 
     def __str__(self) -> str:
         parts = [f"{self.gpus} GPU{'s' if self.gpus != 1 else ''}"] if self.gpus else []
-        parts.append(f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}")
-        if self.memory_bytes:
+        if not isinf(self.cpus):
+            parts.append(f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}")
+        if 0 < self.memory_bytes < UNLIMITED_BYTES:
             parts.append(f"{self.memory_bytes / 2**30:.1f} GiB memory")
         return ", ".join(parts)
 
@@ -70,11 +77,28 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
     busy_cores: tuple[int, ...] = ()
     """Core numbers that engines already compute on, once per engine rank."""
+    domain: str = ""
+    """The NVLink domain that it shares with other nodes; empty: its GPUs are a domain of their own."""
+    leaf: str = ""
+    """The part of the network whose nodes reach each other best: a leaf switch, or a rack. Empty: it is not known."""
+    drained: bool = False
+    """Takes no new workers."""
 
     @property
     def num_cores(self) -> int:
         """Cores are numbered 0..num_cores-1; their owner maps them to those its process may use."""
         return max(1, int(self.total.cpus + _EPSILON))
+
+
+class TopologyError(ValueError):
+    """A cluster is described wrongly; carries every problem, each with its path."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +116,7 @@ class Topology:
         nodes: Iterable[Mapping[str, Any]],
         free: Mapping[str, Resources] | None = None,
         busy_cores: Mapping[str, tuple[int, ...]] | None = None,
+        leaf_label: str | None = None,
     ) -> Topology:
         """Read `ray.nodes()`; nodes that are dead are left out.
 
@@ -99,11 +124,32 @@ class Topology:
             nodes: as `ray.nodes()` returns them.
             free: by node id; a node that is missing counts as wholly free.
             busy_cores: by node id.
+            leaf_label: the label that says which leaf or rack a node is in, where the cluster has one.
+
+        Raises:
+            TopologyError: Nodes with GPUs lack that label; names all of them.
         """
-        return Topology(tuple(_node(raw, free or {}, busy_cores or {}) for raw in nodes if raw["Alive"]))
+        alive = [raw for raw in nodes if raw["Alive"]]
+        lacking = [raw for raw in alive if _lacks(raw, leaf_label)]
+        if lacking:
+            raise TopologyError(
+                tuple(
+                    f"nodes[{raw['NodeManagerAddress']}].labels: has no {leaf_label!r}, which others have"
+                    for raw in lacking
+                )
+            )
+        return Topology(tuple(_node(raw, free or {}, busy_cores or {}, leaf_label) for raw in alive))
 
 
-def _node(raw: Mapping[str, Any], free: Mapping[str, Resources], busy: Mapping[str, tuple[int, ...]]) -> Node:
+def _lacks(raw: Mapping[str, Any], leaf_label: str | None) -> bool:
+    return (
+        leaf_label is not None and bool(raw["Resources"].get("GPU")) and not (raw.get("Labels") or {}).get(leaf_label)
+    )
+
+
+def _node(
+    raw: Mapping[str, Any], free: Mapping[str, Resources], busy: Mapping[str, tuple[int, ...]], leaf_label: str | None
+) -> Node:
     node_id, resources, labels = raw["NodeID"], raw["Resources"], raw.get("Labels") or {}
     total = Resources.from_ray(resources)
     by_resource = (
@@ -118,4 +164,6 @@ def _node(raw: Mapping[str, Any], free: Mapping[str, Resources], busy: Mapping[s
         accelerator=accelerator,
         labels=dict(labels),
         busy_cores=busy.get(node_id, ()),
+        domain=labels.get(DOMAIN_LABEL, ""),
+        leaf="" if leaf_label is None else labels.get(leaf_label, ""),
     )
