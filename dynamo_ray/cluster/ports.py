@@ -17,10 +17,6 @@ class PortBlock:
     claims: tuple[socket.socket, ...]
     """Kernel objects that say who owns each port; gone with the process."""
 
-    def close(self) -> None:
-        for claim in self.claims:
-            claim.close()
-
 
 def reserve_ports(address: str, count: int) -> PortBlock:
     """Claim `count` consecutive ports that nobody listens on now.
