@@ -166,7 +166,8 @@ def _largest(right_kind: list[Node], group: WorkerGroup) -> str:
         kind = "alive" if group.accelerator == NO_ACCELERATOR else f"with {group.accelerator}"
         return f"there is no node {kind}"
     node = max(right_kind, key=lambda node: (node.free.gpus, node.free.cpus, node.free.memory_bytes))
-    return f"the largest free slot is {node.free} on {node.address}"
+    nothing = ", no memory" if group.needs.memory_bytes and not node.free.memory_bytes else ""
+    return f"the largest free slot is {node.free}{nothing} on {node.address}"
 
 
 def _bundle(group: WorkerGroup, node_rank: int, node: Node) -> Bundle:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from ray._private.utils import estimate_available_memory
 
 from dynamo_ray import models
 from dynamo_ray.cli.checked import CheckedFile
@@ -33,10 +34,11 @@ def check(checked: CheckedFile, port: int, progress: Callable[[str], None]) -> N
         PreflightError: Something is in the way; carries every problem at once.
     """
     problems = [*_check_port(checked.host, port), *_check_ray()]
+    free = free_here()
     for application in checked.applications:
         field = f"applications[{application.index}].args"
         problems += _check_model(field, application.config, progress)
-        problems += _check_size(field, application.config)
+        problems += check_size(field, application.config, free)
     if problems:
         raise PreflightError(tuple(problems))
 
@@ -99,17 +101,19 @@ def _check_model(field: str, config: DeploymentConfig, progress: Callable[[str],
     return [Problem(f"{field}.model.path", f"{folder} has no {' and no '.join(missing)}")] if missing else []
 
 
-def _check_size(field: str, config: DeploymentConfig) -> list[Problem]:
+def free_here() -> Resources:
+    """What workers may take of this machine."""
+    # Ray's answer knows the container's limit, psutil's what the machine's other tenants use.
+    available_bytes = min(estimate_available_memory(), psutil.virtual_memory().available)
+    return Resources((os.cpu_count() or 1) - INGRESS_CPUS, memory_bytes=max(0, available_bytes - OWN_MEMORY_BYTES))
+
+
+def check_size(field: str, config: DeploymentConfig, free: Resources) -> list[Problem]:
     """Whether the workers fit on this machine. GPUs are counted by Ray, later."""
     if config.accelerator != NO_ACCELERATOR:
         return []
-    free = Resources(
-        cpus=(os.cpu_count() or 1) - INGRESS_CPUS,
-        memory_bytes=psutil.virtual_memory().available - OWN_MEMORY_BYTES,
-    )
-    here = Node("this machine", "this machine", free, Resources(float(os.cpu_count() or 1), 0, free.memory_bytes))
     try:
-        plan(Topology((here,)), worker_groups(config))
+        plan(Topology((Node("this machine", "this machine", free, free),)), worker_groups(config))
     except PlacementError as error:
         return [Problem(f"{field}.{error.group}.resources", str(error))]
     return []
