@@ -43,6 +43,8 @@ class Application:
 
     index: int
     name: str
+    route_prefix: str | None
+    """None: no HTTP."""
     config: DeploymentConfig = field(repr=False)
 
 
@@ -139,7 +141,7 @@ def applications(document: Document) -> tuple[tuple[Application, ...], tuple[Pro
         config, wrong = check_args(document, path, args)
         problems += wrong
         if config is not None:
-            found.append(Application(index, str(raw.get("name", "default")), config))
+            found.append(Application(index, str(raw.get("name", "default")), raw.get("route_prefix", "/"), config))
     return tuple(found), tuple(problems)
 
 

@@ -27,6 +27,32 @@ class CheckedFile:
     def port(self) -> int:
         return int((self.value.get("http_options") or {}).get("port", 8000))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(application.name for application in self.applications)
+
+    @property
+    def drain_timeout_s(self) -> float:
+        """The longest."""
+        return max(application.config.limits.drain_timeout_s for application in self.applications)
+
+    def urls(self, root: str) -> tuple[str, ...]:
+        """Where each of ours is, on a Serve that listens at `root`."""
+        return tuple(root + (application.route_prefix or "").rstrip("/") for application in self.applications)
+
+
+def check_reachable(checked: CheckedFile) -> None:
+    """Raises ConfigError where clients could not reach an application of ours."""
+    problems = []
+    if checked.value.get("proxy_location") == "Disabled":
+        problems.append(Problem("proxy_location", "Disabled leaves no way in; write HeadOnly or EveryNode"))
+    for application in checked.applications:
+        if application.route_prefix is None:
+            field = f"applications[{application.index}].route_prefix"
+            problems.append(Problem(field, "null leaves no way in; write a path such as /"))
+    if problems:
+        raise ConfigError(tuple(problems))
+
 
 def check_file(path: Path) -> CheckedFile:
     """Read and check every level of a `serve run` file.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import sys
@@ -22,6 +21,7 @@ from dynamo_ray.cli.interrupts import FORCED_EXIT_CODE, Interrupts
 from dynamo_ray.errors import PreflightError, Problem, StartupError
 
 if TYPE_CHECKING:
+    from dynamo_ray.cli.processes import PeakMemory
     from dynamo_ray.cli.up import Deployment
 
 app = typer.Typer(
@@ -38,6 +38,8 @@ Port = Annotated[int | None, typer.Option(help="HTTP port, in place of the file'
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 DOWN_TIMEOUT_S = 120.0
+"""On someone else's Ray, which goes on ending what has not ended by then."""
+KILL_TIMEOUT_S = 15.0
 
 
 @app.command()
@@ -64,26 +66,31 @@ def up(
     ] = None,
 ) -> None:
     """Serve a file until Ctrl-C, which ends all of it; a second Ctrl-C does so at once."""
-    from dynamo_ray.cli.up import follow
+    from dynamo_ray.cli.processes import PeakMemory
     from dynamo_ray.cli.up import up as start
 
     began_s = started_at if started_at is not None else psutil.Process().create_time()
     interrupts = Interrupts()
+    memory: PeakMemory | None = None
 
     def prepared(deployment: Deployment) -> None:
+        nonlocal memory
         interrupts.force = deployment.kill
+        if first_token and deployment.mark is not None:
+            memory = PeakMemory(deployment.mark)
 
     try:
         with Progress(began_s) as progress:
             deployment = start(
                 file, address=address, port=port, report=progress.workers, progress=progress.step, prepared=prepared
             )
+        interrupts.defer()
         with deployment:
             try:
                 _announce(deployment, began_s)
                 if first_token:
-                    _show_first_token(deployment, began_s)
-                follow(deployment, interrupts.wait)
+                    _show_first_token(deployment, began_s, memory)
+                deployment.follow(interrupts.wait)
             finally:
                 typer.echo("ending; Ctrl-C again does so at once")
     except KeyboardInterrupt:
@@ -102,12 +109,12 @@ def _announce(deployment: Deployment, began_s: float) -> None:
     )
 
 
-def _show_first_token(deployment: Deployment, began_s: float) -> None:
+def _show_first_token(deployment: Deployment, began_s: float, memory: PeakMemory | None) -> None:
     from dynamo_ray.cli import serving
 
-    serving.first_token(deployment.url, deployment.checked.applications[0].config.model.name)
+    serving.first_token(deployment.url, deployment.checked.applications[0].config)
     took_s = time.time() - began_s
-    peak = f"; peak memory {deployment.memory.stop() / 2**30:.2f} GiB (PSS)" if deployment.memory is not None else ""
+    peak = f"; peak memory {memory.stop() / 2**30:.2f} GiB (PSS)" if memory is not None else ""
     typer.echo(f"first token {took_s:.1f} s after the command began{peak}")
 
 
@@ -146,13 +153,24 @@ def down(
     if len(found) > 1:
         ports = ", ".join(str(entry.port) for entry in found)
         raise PreflightError((Problem("--port", f"several run, on ports {ports}; say which"),))
-    process = psutil.Process(found[0].pid)
-    os.kill(found[0].pid, signal.SIGINT)
+    entry = found[0]
+    if not _interrupt(entry.pid, entry.end_timeout_s) and not _interrupt(entry.pid, KILL_TIMEOUT_S):
+        typer.echo(f"process {entry.pid} does not end", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"ended {', '.join(entry.applications)} on {entry.url}")
+
+
+def _interrupt(pid: int, timeout_s: float) -> bool:
+    """Ctrl-C for another terminal's process; whether it has ended."""
     try:
-        process.wait(DOWN_TIMEOUT_S)
+        process = psutil.Process(pid)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout_s)
+    except psutil.NoSuchProcess:
+        return True
     except psutil.TimeoutExpired:
-        os.kill(found[0].pid, signal.SIGINT)
-    typer.echo(f"ended {', '.join(found[0].applications)} on {found[0].url}")
+        return False
+    return True
 
 
 @app.command()
@@ -164,27 +182,29 @@ def model(
 
     try:
         typer.echo(str(models.prepare(key, lambda line: typer.echo(line, err=True))))
-    except models.ModelError as error:
+    except (models.ModelError, OSError) as error:
         raise PreflightError((Problem("KEY", str(error)),)) from error
 
 
 def _on_ray(address: str) -> list[state.Running]:
     from dynamo_ray.cli import serving
 
-    with serving.driver(address):
+    with serving.driver(address) as head:
         return [
-            state.Running(0, 0.0, "", 0, "serve", address, (name,), True, tuple(serving.statuses(name)))
-            for name in serving.ours()
+            state.Running(0, 0.0, url, 0, "serve", address, (name,), ready=True, workers=tuple(serving.statuses(name)))
+            for name, url in serving.ours(head).items()
         ]
 
 
 def _down_on_ray(address: str) -> None:
     from dynamo_ray.cli import serving
 
-    with serving.driver(address):
-        names = serving.ours()
-        serving.undeploy(names, DOWN_TIMEOUT_S)
-        typer.echo(f"ended {', '.join(names)}" if names else "nothing of ours runs there")
+    with serving.driver(address) as head:
+        names = tuple(serving.ours(head))
+        if not serving.undeploy(names, DOWN_TIMEOUT_S):
+            typer.echo(f"{', '.join(names)} still drains; Ray Serve goes on with it", err=True)
+            raise typer.Exit(1)
+    typer.echo(f"ended {', '.join(names)}" if names else "nothing of ours runs there")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks for an orderly end, the second for an immediate one."""
 
 from __future__ import annotations
 
@@ -12,29 +12,27 @@ FORCED_EXIT_CODE = 130
 
 
 class Interrupts:
-    """While the start runs, the first signal raises KeyboardInterrupt in the main thread; `wait` returns on it.
+    """The first signal raises KeyboardInterrupt in the main thread; after `defer` it only makes `wait` return.
 
-    During the end, a signal calls `force` and leaves the process at once.
+    Any later one calls `force` and leaves the process at once.
     """
 
     def __init__(self) -> None:
         self.force: Callable[[], None] = lambda: None
         self._asked = threading.Event()
-        self._waiting = False
+        self._deferred = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._receive)
+            ignored = number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+            if not ignored:  # under nohup it outlives its terminal
+                signal.signal(number, self._receive)
 
-    @property
-    def asked(self) -> bool:
-        return self._asked.is_set()
+    def defer(self) -> None:
+        """From now on somebody waits."""
+        self._deferred = True
 
     def wait(self, seconds: float) -> bool:
         """Whether an end was asked for, at the latest after `seconds`."""
-        self._waiting = True
-        try:
-            return self._asked.wait(seconds)
-        finally:
-            self._waiting = False
+        return self._asked.wait(seconds)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._asked.is_set():
@@ -44,5 +42,5 @@ class Interrupts:
             finally:
                 os._exit(FORCED_EXIT_CODE)
         self._asked.set()
-        if not self._waiting:
+        if not self._deferred:
             raise KeyboardInterrupt

@@ -7,18 +7,25 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from dynamo_ray.cli import processes
+from dynamo_ray.cluster.gang import reason_of
+from dynamo_ray.errors import PreflightError, Problem, StartError
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Nearly Ray's smallest: tokens do not go through it."""
 MAX_HAPROXY_THREADS = 4
+_TOKEN = secrets.token_hex(32)
+"""Of every private Ray of this process: Ray's client reads the first one and keeps it."""
 
 
 @contextlib.contextmanager
@@ -57,7 +64,7 @@ def environment(folder: Path) -> dict[str, str]:
     }
     if "RAY_AUTH_MODE" not in os.environ:
         # Ray listens on every interface, and asks for a token; one of its own leaves none in the home folder.
-        values["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        values["RAY_AUTH_TOKEN"] = _TOKEN
     return values
 
 
@@ -68,7 +75,8 @@ def variables(values: dict[str, str]) -> Iterator[None]:
     For the processes that Ray starts. This one has read its own when it imported Ray: under
     RAY_SERVE_THROUGHPUT_OPTIMIZED its handles would work inside an event loop only.
     """
-    before = {name: os.environ.get(name) for name in (*values, "RAY_ADDRESS")}
+    # ray.init sets RAY_AUTH_MODE where it is missing; the next one must find it missing again.
+    before = {name: os.environ.get(name) for name in (*values, "RAY_ADDRESS", "RAY_AUTH_MODE")}
     os.environ.update(values)
     os.environ.pop("RAY_ADDRESS", None)
     try:
@@ -83,24 +91,53 @@ def variables(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[str]:
-    """Ray, as the address other drivers reach it at; at the end nothing that it started is left."""
+    """Ray, as the address other drivers reach it at; at the end nothing that it started is left.
+
+    Raises:
+        PreflightError: This process is joined to a Ray already.
+        StartError: Ray does not start.
+    """
+    refuse_second()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # Its warning says that a token is asked for, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
-        ray.init(
+        with variables(environment(folder)):
+            _start(folder)
+        yield str(ray.get_runtime_context().gcs_address)
+    finally:
+        try:
+            ray.shutdown()
+        finally:
+            processes.end(str(folder))
+
+
+def _start(folder: Path) -> None:
+    try:
+        connect(
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="warning",
-            namespace="serve",
             _temp_dir=str(folder / "ray"),
         )
-        yield str(ray.get_runtime_context().gcs_address)
+    except Exception as error:  # the border: Ray raises whatever it meets
+        raise StartError(f"Ray did not start: {reason_of(error)}") from error
+
+
+def refuse_second() -> None:
+    """Raises PreflightError where this process is joined to a Ray: it can be to one only."""
+    if ray.is_initialized():
+        raise PreflightError((Problem("--address", "this process is joined to a Ray; call ray.shutdown() first"),))
+
+
+def connect(**options: Any) -> None:
+    """ray.init, which takes SIGTERM for itself (ray/_private/worker.py); whose it was gets it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(namespace="serve", log_to_driver=False, logging_level="warning", **options)
     finally:
-        ray.shutdown()
-        processes.end(str(folder))
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _free_ports(count: int) -> list[int]:

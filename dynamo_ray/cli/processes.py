@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
 
 import psutil
+
+from dynamo_ray.cluster.processes import carrying
 
 VARIABLE = "DYNAMO_RAY_UP"
 """Its value names the `up`; a process that was orphaned or daemonised still carries it."""
@@ -16,13 +19,16 @@ KILL_TIMEOUT_S = 10.0
 
 def started_by(mark: str) -> list[psutil.Process]:
     """The live processes of that `up`, but for this one."""
+    return [process for process in (*carrying(VARIABLE, mark), *_agents(mark)) if process.pid != os.getpid()]
+
+
+def _agents(mark: str) -> list[psutil.Process]:
+    """Ray's two per node: their titles overwrite their environment (Ray 2.60), but they keep their logs open."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(VARIABLE) == mark:
+        with contextlib.suppress(psutil.Error, OSError):
+            if not process.environ() and any(file.path.startswith(f"{mark}/") for file in process.open_files()):
                 found.append(process)
-        except (psutil.Error, OSError):
-            continue
     return found
 
 
@@ -30,21 +36,16 @@ def end(mark: str, patience_s: float = TERMINATE_TIMEOUT_S) -> int:
     """Terminate, then kill, every process of that `up`; returns how many there were."""
     left = started_by(mark)
     for process in left:
-        _signal(process.terminate)
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
     _, alive = psutil.wait_procs(left, timeout=patience_s)
     while alive:
         for process in alive:
-            _signal(process.kill)
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)
         alive = started_by(mark)
     return len(left)
-
-
-def _signal(send: object) -> None:
-    try:
-        send()  # type: ignore[operator]
-    except psutil.Error:
-        return
 
 
 def proportional_bytes(mark: str) -> int:

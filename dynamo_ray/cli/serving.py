@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -12,67 +14,99 @@ from collections.abc import Callable, Iterator
 import ray
 from ray import serve
 from ray.serve._private import api as serve_api
+from ray.serve._private.client import ServeControllerClient
 from ray.serve.config import gRPCOptions
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.schema import APIType, ApplicationStatus, ServeDeploySchema, ServeInstanceDetails, ServeStatus
 
+from dynamo_ray.cli import local_ray
 from dynamo_ray.cli.checked import CheckedFile
+from dynamo_ray.cli.patience import Patience
 from dynamo_ray.cluster.gang import reason_of
 from dynamo_ray.cluster.presence import ORCHESTRATOR
+from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import PreflightError, Problem, StartError
 from dynamo_ray.request.membership import Phase, WorkerStatus
 
 POLL_S = 0.25
-MAX_FAILED_STARTS = 2
-"""A worker that fails this often before anything was ready will not start by itself."""
-MAX_UNPLACED_S = 60.0
-"""How long a local deployment waits for room."""
+CONNECT_TIMEOUT_S = 5.0
 
 Report = Callable[[tuple[WorkerStatus, ...]], None]
 
 
-def deploy(checked: CheckedFile, port: int) -> None:
-    """Hand the file to Serve; returns before anything is up. As `serve run` does it (ray/serve/scripts.py).
+def start(checked: CheckedFile, port: int) -> ServeControllerClient:
+    """Serve, started as the file says; one that runs already stays as it is.
 
     Raises:
         StartError: Serve's own processes do not start.
     """
-    value = copy.deepcopy(checked.value)
-    value["http_options"] = {**(value.get("http_options") or {}), "port": port}
-    schema = ServeDeploySchema.model_validate(value)
+    schema = _schema(checked, port)
     try:
-        client = serve_api.serve_start(
+        return serve_api.serve_start(
             http_options=schema.http_options.model_dump(),
             proxy_location=schema.proxy_location,
             grpc_options=gRPCOptions(**schema.grpc_options.model_dump()),
             controller_options=schema.controller_options,
         )
-        client.deploy_apps(schema, _blocking=False)
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
         raise StartError(f"Ray Serve did not start: {reason_of(error)}") from error
 
 
-def await_ready(checked: CheckedFile, url: str, report: Report, give_up: bool) -> None:
+def root_url(client: ServeControllerClient, wildcard: str) -> str:
+    """Where that Serve listens; `wildcard` is the host to use where it does on every interface."""
+    options = client.http_config
+    host = wildcard if options.host in ("0.0.0.0", "::") else options.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
+
+
+def check_alone(client: ServeControllerClient, names: tuple[str, ...]) -> None:
+    """Raises PreflightError where deploying these applications would replace or end another one.
+
+    A file states everything that is to be deployed from files: Serve ends what it does not name
+    (ray/serve/_private/application_state.py, apply_app_configs).
+    """
+    found = _details(client).applications.items()
+    lost = [name for name, there in found if name in names or there.source is APIType.DECLARATIVE]
+    if lost:
+        message = f"{', '.join(lost)} there would be ended; add this to its file, or end it with `dynamo-ray down`"
+        raise PreflightError((Problem("--address", message),))
+
+
+def deploy(client: ServeControllerClient, checked: CheckedFile, port: int) -> None:
+    """Hand the file to Serve; returns before anything is up. As `serve run` does it (ray/serve/scripts.py).
+
+    Raises:
+        StartError: Serve does not take it.
+    """
+    try:
+        client.deploy_apps(_schema(checked, port), _blocking=False)
+    except (ray.exceptions.RayError, RayServeException) as error:
+        raise StartError(f"Ray Serve did not take the file: {reason_of(error)}") from error
+
+
+def await_ready(checked: CheckedFile, urls: tuple[str, ...], report: Report, give_up: bool) -> None:
     """Return when every application answers; `report` is told each change of its workers.
 
     Args:
+        urls: of the applications.
         give_up: a worker that cannot start is an error; otherwise it is waited for.
 
     Raises:
-        StartError: An application failed to deploy, or a worker fails again and again.
+        StartError: An application failed to deploy, a worker fails again and again, or Serve has ended.
     """
-    names = [application.name for application in checked.applications]
     seen: tuple[WorkerStatus, ...] = ()
+    patience = Patience()
     while True:
-        for name in names:
-            _check_application(name)
-        found = tuple(status for name in names for status in statuses(name))
+        _check_deployed(checked.names)
+        found = tuple(status for name in checked.names for status in statuses(name))
         if found != seen:
             seen = found
             report(found)
         if give_up:
-            _check_workers(found)
-        if found and all(status.phase is Phase.READY for status in found) and _answers(f"{url}/ready"):
+            patience.check(found, time.monotonic())
+        serving = bool(found) and all(status.phase is Phase.READY for status in found)
+        if serving and all(_answers(f"{url}/ready") for url in urls):
             return
         time.sleep(POLL_S)
 
@@ -87,40 +121,57 @@ def statuses(app: str) -> list[WorkerStatus]:
     return found
 
 
-def undeploy(names: tuple[str, ...], timeout_s: float) -> None:
-    """Drain and end the applications; returns when Serve has none of them left."""
-    for name in names:
-        serve.delete(name, _blocking=False)
+def undeploy(names: tuple[str, ...], timeout_s: float) -> bool:
+    """Drain and end the applications; whether Serve has none of them left, or has ended itself."""
     deadline_s = time.monotonic() + timeout_s
-    while any(name in serve.status().applications for name in names) and time.monotonic() < deadline_s:
-        time.sleep(0.1)
+    try:
+        for name in names:
+            serve.delete(name, _blocking=False)
+        while any(name in serve.status().applications for name in names):
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(0.1)
+    except (ray.exceptions.RayError, RayServeException):
+        pass
+    return True
 
 
-def first_token(url: str, model: str) -> None:
-    """Ask for one token, and wait for it."""
-    body = b'{"model": "%s", "prompt": "Hello", "max_tokens": 1, "stream": true}' % model.encode()
-    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120.0) as response:
-        for line in response:
-            if line.startswith(b"data:"):
+def first_token(url: str, config: DeploymentConfig) -> None:
+    """Ask for one token, and wait for it.
+
+    Raises:
+        StartError: None came.
+    """
+    body = {"model": config.model.name, "prompt": "Hello", "max_tokens": 1, "stream": True}
+    headers = {"Content-Type": "application/json"}
+    if config.api_keys:
+        headers["Authorization"] = f"Bearer {config.api_keys[0]}"
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120.0) as response:
+            if any(line.startswith(b"data:") for line in response):
                 return
+    except OSError as error:
+        raise StartError(f"the first request failed: {error}") from error
     raise StartError("the deployment answered the first request without a token")
 
 
-def _check_application(name: str) -> None:
-    application = serve.status().applications.get(name)
-    if application is None or application.status is not ApplicationStatus.DEPLOY_FAILED:
-        return
-    raise StartError(f"application {name} could not be deployed: {application.message.strip().splitlines()[-1]}")
+def _schema(checked: CheckedFile, port: int) -> ServeDeploySchema:
+    value = copy.deepcopy(checked.value)
+    value["http_options"] = {**(value.get("http_options") or {}), "port": port}
+    return ServeDeploySchema.model_validate(value)
 
 
-def _check_workers(found: tuple[WorkerStatus, ...]) -> None:
-    for status in found:
-        if status.restarts >= MAX_FAILED_STARTS and status.phase is not Phase.READY:
-            raise StartError(f"{status.worker} does not start: {status.detail}")
-        unplaced = status.phase in (Phase.BACKOFF, Phase.RESERVING) and status.restarts == 0 and status.epoch == 0
-        if unplaced and time.time() - status.since_unix_s > MAX_UNPLACED_S:
-            raise StartError(f"{status.worker} has no place: {status.detail}")
+def _check_deployed(names: tuple[str, ...]) -> None:
+    try:
+        found: ServeStatus = serve.status()
+    except (ray.exceptions.RayError, RayServeException) as error:
+        raise StartError(f"Ray Serve has ended: {reason_of(error)}") from error
+    for name in names:
+        application = found.applications.get(name)
+        if application is not None and application.status is ApplicationStatus.DEPLOY_FAILED:
+            reason = application.message.strip().splitlines()[-1]
+            raise StartError(f"application {name} could not be deployed: {reason}")
 
 
 def _answers(url: str) -> bool:
@@ -132,23 +183,43 @@ def _answers(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def driver(address: str) -> Iterator[None]:
-    """Joined to a running Ray.
+def driver(address: str) -> Iterator[str]:
+    """Joined to a running Ray, whose head node's address it is.
 
     Raises:
-        PreflightError: Nobody answers there.
+        PreflightError: Nobody answers there, or not to us; or this process is joined to a Ray already.
     """
+    local_ray.refuse_second()
     try:
-        ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise PreflightError((Problem("--address", f"no Ray answers at {address}: {error}"),)) from error
+        _check_listens(address)
+        local_ray.connect(address=address)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise PreflightError((Problem("--address", f"no Ray answers at {address}: {reason_of(error)}"),)) from error
     try:
-        yield
+        yield str(ray.get_runtime_context().gcs_address).rpartition(":")[0]
     finally:
         ray.shutdown()
 
 
-def ours() -> tuple[str, ...]:
-    """The applications on this Ray that have an orchestrator of ours."""
-    found = serve.status().applications
-    return tuple(name for name, application in found.items() if ORCHESTRATOR in application.deployments)
+def _check_listens(address: str) -> None:
+    """Raises OSError at once where nothing does; Ray itself goes on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host:  # not `auto`, nor a URL
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def ours(head: str) -> dict[str, str]:
+    """The applications on this Ray that have an orchestrator of ours, and where each is."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    found = _details(client).applications.items()
+    return {
+        name: root_url(client, head) + (there.route_prefix or "").rstrip("/")
+        for name, there in found
+        if ORCHESTRATOR in there.deployments
+    }
+
+
+def _details(client: ServeControllerClient) -> ServeInstanceDetails:
+    return ServeInstanceDetails(**client.get_serve_details())

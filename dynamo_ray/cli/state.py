@@ -1,15 +1,19 @@
-"""What is running now: one small file per `dynamo-ray up`, so that another terminal finds it."""
+"""What is running now: one small file per `dynamo-ray up`, so that another terminal finds it, or what it left."""
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 from pathlib import Path
 
 import msgspec
 import psutil
 
+from dynamo_ray.cli import processes
 from dynamo_ray.request.membership import WorkerStatus
+
+CLOCK_TOLERANCE_S = 2.0
+"""The kernel tells a process's start in time since boot; a clock that is set moves what psutil makes of it."""
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -23,6 +27,10 @@ class Running(msgspec.Struct, frozen=True):
     config: str
     ray_address: str
     applications: tuple[str, ...]
+    mark: str | None = None
+    """The scratch folder of its private Ray, which all of its processes carry in their environment."""
+    end_timeout_s: float = 0.0
+    """How long its end may take."""
     ready: bool = False
     workers: tuple[WorkerStatus, ...] = ()
 
@@ -47,24 +55,35 @@ def remove(pid: int) -> None:
 
 
 def running() -> list[Running]:
-    """Every `up` that is alive, oldest first; files of dead ones are removed."""
-    found = []
-    for file in folder().glob("*.json"):
+    """Every `up` that is alive, oldest first; what a dead one left, processes and files, is ended and removed."""
+    home, found = folder(), []
+    if not home.is_dir() or home.stat().st_uid != os.getuid():
+        return []  # what another user wrote there is not followed
+    for file in home.glob("*.json"):
         try:
             entry = msgspec.json.decode(file.read_bytes(), type=Running)
-        except (OSError, msgspec.DecodeError, json.JSONDecodeError):
+        except (OSError, msgspec.DecodeError):
             continue
         if is_alive(entry):
             found.append(entry)
         else:
-            file.unlink(missing_ok=True)
+            discard(entry)
     return sorted(found, key=lambda entry: entry.started_unix_s)
+
+
+def discard(entry: Running) -> None:
+    """End that `up`'s processes at once, and remove its files."""
+    if entry.mark is not None:
+        processes.end(entry.mark, patience_s=0.0)
+        shutil.rmtree(entry.mark, ignore_errors=True)
+    remove(entry.pid)
 
 
 def is_alive(entry: Running) -> bool:
     try:
         process = psutil.Process(entry.pid)
-        return process.create_time() == entry.started_unix_s and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(process.create_time() - entry.started_unix_s) < CLOCK_TOLERANCE_S
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 

@@ -13,42 +13,67 @@ import msgspec
 import psutil
 import yaml
 
-from dynamo_ray.cli import local_ray, preflight, processes, serving, state
-from dynamo_ray.cli.checked import CheckedFile, check_file
-from dynamo_ray.cli.processes import PeakMemory
+from dynamo_ray.cli import local_ray, preflight, serving, state
+from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.config_file import IMPORT_PATH
 from dynamo_ray.request.membership import WorkerStatus
 
 TEARDOWN_MARGIN_S = 30.0
+"""Beyond draining."""
+
+Report = Callable[[tuple[WorkerStatus, ...]], None]
 
 
 class Deployment:
-    """A deployment that this process started and answers for. `close`, or leaving its `with`, ends all of it."""
+    """A deployment that this process starts and answers for. `close`, or leaving its `with`, ends all of it.
 
-    def __init__(self, checked: CheckedFile, port: int, mark: str | None, resources: contextlib.ExitStack) -> None:
+    Args:
+        resources: what is closed with it; others may add to it.
+        entry: what other terminals are told of it.
+    """
+
+    def __init__(self, checked: CheckedFile, resources: contextlib.ExitStack, entry: state.Running) -> None:
         self.checked = checked
-        self.url = f"http://{'127.0.0.1' if checked.host in ('0.0.0.0', '::') else checked.host}:{port}"
-        self.memory = PeakMemory(mark) if mark is not None else None
-        self._mark = mark
         self._resources = resources
+        self._entry = entry
+        resources.callback(state.remove, entry.pid)
+        self.note()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(application.name for application in self.checked.applications)
+    def url(self) -> str:
+        """Of the first application."""
+        return self._entry.url
+
+    @property
+    def mark(self) -> str | None:
+        """What every process of its private Ray carries; None on someone else's Ray."""
+        return self._entry.mark
 
     def statuses(self) -> list[WorkerStatus]:
         """Every worker, as its orchestrator sees it now."""
-        return [status for name in self.names for status in serving.statuses(name)]
+        return [status for name in self.checked.names for status in serving.statuses(name)]
+
+    def note(self, **changes: Any) -> None:
+        """Tell other terminals what has changed."""
+        entry = msgspec.structs.replace(self._entry, **changes)
+        state.write(entry)
+        self._entry = entry
+
+    def follow(self, ended: Callable[[float], bool], every_s: float = 1.0) -> None:
+        """Keep what other terminals see of the workers current, until `ended(seconds to wait)` says so."""
+        while not ended(every_s):
+            workers = tuple(self.statuses())
+            if workers != self._entry.workers:
+                self.note(workers=workers)
 
     def close(self) -> None:
         """Drain and end every worker, then whatever was started for them; safe to call twice."""
         self._resources.close()
 
     def kill(self) -> None:
-        """End everything of a private Ray at once, without draining. On someone else's Ray it does nothing."""
-        if self._mark is not None:
-            processes.end(self._mark, patience_s=0.0)
+        """End everything of a private Ray at once, without draining. On someone else's Ray nothing is ended."""
+        state.discard(self._entry)
 
     def __enter__(self) -> Deployment:
         return self
@@ -64,7 +89,7 @@ def up(
     *,
     address: str | None = None,
     port: int | None = None,
-    report: Callable[[tuple[WorkerStatus, ...]], None] = lambda statuses: None,
+    report: Report = lambda statuses: None,
     progress: Callable[[str], None] = lambda line: None,
     prepared: Callable[[Deployment], None] = lambda deployment: None,
 ) -> Deployment:
@@ -76,82 +101,74 @@ def up(
         port: in place of the file's.
         report: told the workers' states at each change.
         progress: told each step, as a line for a person.
-        prepared: given the deployment before it is ready, for who must be able to end it early.
+        prepared: given the deployment before anything is started, for who must be able to end it early.
 
     Raises:
         ConfigError: The file is wrong.
         PreflightError: The machine is not ready.
         StartError: Something died while starting.
     """
-    with contextlib.ExitStack() as opened:
-        folder = opened.enter_context(local_ray.scratch())
+    resources = contextlib.ExitStack()
+    try:
+        folder = resources.enter_context(local_ray.scratch())
         checked = check_file(_as_file(config, folder))
+        check_reachable(checked)
         chosen = checked.port if port is None else port
         if address is None:
+            state.running()  # for what it ends: a proxy of a killed `up` may sit on the port
             preflight.check(checked, chosen, progress)
-        ray_address = _connect(address, folder, progress, opened)
-        deployment = Deployment(checked, chosen, None if address else str(folder), opened)
+        deployment = Deployment(checked, resources, _entry(checked, chosen, address, folder))
         prepared(deployment)
-        _serve(deployment, chosen, ray_address, report, progress, opened, give_up=address is None)
-        deployment._resources = opened.pop_all()
-        return deployment
-    raise AssertionError("an exit stack swallowed an exception")
+        _start(deployment, chosen, address, folder, resources, report, progress)
+    except BaseException:
+        resources.close()
+        raise
+    return deployment
 
 
-def _serve(
+def _start(
     deployment: Deployment,
     port: int,
-    ray_address: str,
-    report: Callable[[tuple[WorkerStatus, ...]], None],
+    address: str | None,
+    folder: Path,
+    resources: contextlib.ExitStack,
+    report: Report,
     progress: Callable[[str], None],
-    opened: contextlib.ExitStack,
-    give_up: bool,
 ) -> None:
     checked = deployment.checked
-    drain_s = max(application.config.limits.drain_timeout_s for application in checked.applications)
-    opened.callback(serving.undeploy, deployment.names, drain_s + TEARDOWN_MARGIN_S)
-    entry = _entry(deployment, port, ray_address)
-    opened.callback(state.remove, entry.pid)
-    state.write(entry)
-
-    def changed(statuses: tuple[WorkerStatus, ...]) -> None:
-        state.write(msgspec.structs.replace(entry, workers=statuses))
-        report(statuses)
-
-    progress("deploying")
-    serving.deploy(checked, port)
-    serving.await_ready(checked, deployment.url, changed, give_up)
-    state.write(msgspec.structs.replace(entry, workers=tuple(deployment.statuses()), ready=True))
-
-
-def follow(deployment: Deployment, ended: Callable[[float], bool], every_s: float = 1.0) -> None:
-    """Keep what other terminals see of the workers current, until `ended(seconds to wait)` says so."""
-    found = next(entry for entry in state.running() if entry.pid == os.getpid())
-    while not ended(every_s):
-        workers = tuple(deployment.statuses())
-        if workers != found.workers:
-            found = msgspec.structs.replace(found, workers=workers)
-            state.write(found)
-
-
-def _connect(address: str | None, folder: Path, progress: Callable[[str], None], opened: contextlib.ExitStack) -> str:
     if address is None:
         progress("starting Ray")
-        opened.enter_context(local_ray.variables(local_ray.environment(folder)))
-        return opened.enter_context(local_ray.running(folder))
-    opened.enter_context(serving.driver(address))
-    return address
+        deployment.note(ray_address=resources.enter_context(local_ray.running(folder)))
+        head = "127.0.0.1"
+    else:
+        head = resources.enter_context(serving.driver(address))
+    progress("deploying")
+    client = serving.start(checked, port)
+    urls = checked.urls(serving.root_url(client, head))
+    deployment.note(url=urls[0])
+    serving.check_alone(client, checked.names)
+    resources.callback(serving.undeploy, checked.names, checked.drain_timeout_s + TEARDOWN_MARGIN_S)
+    serving.deploy(client, checked, port)
+
+    def changed(statuses: tuple[WorkerStatus, ...]) -> None:
+        deployment.note(workers=statuses)
+        report(statuses)
+
+    serving.await_ready(checked, urls, changed, give_up=address is None)
+    deployment.note(workers=tuple(deployment.statuses()), ready=True)
 
 
-def _entry(deployment: Deployment, port: int, ray_address: str) -> state.Running:
+def _entry(checked: CheckedFile, port: int, address: str | None, folder: Path) -> state.Running:
     return state.Running(
         pid=os.getpid(),
         started_unix_s=psutil.Process().create_time(),
-        url=deployment.url,
+        url=f"http://{checked.host}:{port}",
         port=port,
-        config=str(deployment.checked.path),
-        ray_address=ray_address,
-        applications=deployment.names,
+        config=str(checked.path),
+        ray_address=address or "",
+        applications=checked.names,
+        mark=None if address else str(folder),
+        end_timeout_s=checked.drain_timeout_s + 2 * TEARDOWN_MARGIN_S,
     )
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from deployments import BIN, ROOT, free_port
+from deployments import BIN, ROOT, free_port, http
 
 SIM = ROOT / "configs/local-sim.yaml"
 
@@ -21,16 +26,17 @@ def run(*arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess
     )
 
 
-def changed(tmp_path: Path, **changes: object) -> str:
+def changed(tmp_path: Path, prefix: str = "/", name: str = "local-sim", **changes: object) -> str:
     """local-sim.yaml with dotted keys of its args replaced."""
     document = yaml.safe_load(SIM.read_text())
+    document["applications"][0] |= {"route_prefix": prefix, "name": name}
     for key, value in changes.items():
         *parents, last = key.split("__")
         place = document["applications"][0]["args"]
         for parent in parents:
             place = place[parent]
         place[last] = value
-    path = tmp_path / "changed.yaml"
+    path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(document))
     return str(path)
 
@@ -118,17 +124,136 @@ def test_failed_starts_leave_no_process_behind(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "token_high" in output
-    session = [p for p in psutil.process_iter() if _session(p) == process.pid]
-    assert session == []
+    assert session_of(process) == []
 
 
-def _session(process: psutil.Process) -> int:
+def session_of(leader: subprocess.Popen[str]) -> list[psutil.Process]:
+    """What still runs in that session."""
+    return [process for process in psutil.process_iter() if _session(process) == leader.pid]
+
+
+def _session(process: psutil.Process) -> int | None:
     try:
-        with open(f"/proc/{process.pid}/stat") as stat:
-            return int(stat.read().rsplit(")", 1)[1].split()[3])
-    except (OSError, psutil.Error):
-        return -1
+        state, _, _, session, *_ = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return None if state == "Z" else int(session)
 
 
 def test_the_python_of_this_test_is_the_project_s_own() -> None:
     assert (BIN / "dynamo-ray").exists(), f"run by make test: {sys.executable} has no dynamo-ray beside it"
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`dynamo-ray up` in its own session, ready; killed at the end if it still runs."""
+    process = subprocess.Popen(
+        [str(BIN / "dynamo-ray"), "up", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        lines = []
+        while not any(line.startswith("ready in ") for line in lines):
+            lines.append(process.stdout.readline())
+            assert lines[-1], "".join(lines)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_ends_all_of_it_in_order() -> None:
+    with started(str(SIM), "--port", str(free_port())) as process:
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "nothing is left running" in output
+    assert session_of(process) == []
+
+
+def test_what_a_killed_up_leaves_is_ended_by_the_next_command() -> None:
+    port = free_port()
+    with started(str(SIM), "--port", str(port)) as process:
+        process.kill()
+        process.wait()
+        assert "nothing runs" in run("down", "--port", str(port)).stdout
+        assert session_of(process) == []
+
+
+TWICE = """
+import os, subprocess, sys
+from dynamo_ray import up
+
+assert "RAY_AUTH_MODE" not in os.environ
+def environment():
+    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "DYNAMO_RAY_"))}
+
+for _ in range(2):
+    before = environment()
+    with up(sys.argv[1], port=int(sys.argv[2])) as deployment:
+        print([status.phase.value for status in deployment.statuses()])
+        assert environment() == before
+        other = subprocess.Popen(["sleep", "60"])
+    assert other.poll() is None, "ended with the deployment, though the user started it"
+    other.kill()
+    other.wait()
+"""
+
+
+def test_one_python_process_serves_twice_with_ray_s_authentication_on() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, str(SIM), str(free_port())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == [str(["ready"] * 4)] * 2
+
+
+@pytest.fixture
+def shared_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Somebody's Ray, by its address."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2, include_dashboard=False)
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_on_someone_s_ray_it_ends_no_application_but_its_own(shared_ray: str, tmp_path: Path) -> None:
+    port = str(free_port())
+    config = changed(tmp_path, prefix="/llm", prefill__replicas=1, decode__replicas=1)
+    with started(config, "--address", shared_ray, "--port", port) as process:
+        url = f"http://127.0.0.1:{port}/llm"
+        assert http("GET", f"{url}/ready")[0] == 200
+        for other in (changed(tmp_path, name="other"), config):  # which Serve would take in its place
+            done = run("up", other, "--address", shared_ray)
+            assert done.returncode == 3, done.stdout + done.stderr
+            assert "local-sim" in done.stderr
+        (found,) = json.loads(run("status", "--address", shared_ray, "--json").stdout)["deployments"]
+        assert (found["url"], len(found["workers"])) == (url, 2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+    assert "nothing of ours runs there" in run("down", "--address", shared_ray).stdout
+
+
+def test_on_a_ray_that_is_not_there_it_exits_3_and_says_so() -> None:
+    done = run("status", "--address", f"127.0.0.1:{free_port()}")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "no Ray answers" in done.stderr
