@@ -191,7 +191,7 @@ def _on_ray(address: str) -> list[state.Running]:
 
     with serving.driver(address) as head:
         return [
-            state.Running(0, 0.0, url, 0, "serve", address, (name,), ready=True, workers=tuple(serving.statuses(name)))
+            state.Running(0, 0, url, 0, "serve", address, (name,), ready=True, workers=tuple(serving.statuses(name)))
             for name, url in serving.ours(head).items()
         ]
 

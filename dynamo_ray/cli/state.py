@@ -7,21 +7,17 @@ import shutil
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from dynamo_ray.cli import processes
 from dynamo_ray.request.membership import WorkerStatus
-
-CLOCK_TOLERANCE_S = 2.0
-"""The kernel tells a process's start in time since boot; a clock that is set moves what psutil makes of it."""
 
 
 class Running(msgspec.Struct, frozen=True):
     """One live `up`."""
 
     pid: int
-    started_unix_s: float
-    """The process's creation time: a pid alone may have been given to another."""
+    started_ticks: int
+    """When the process began, since boot: a pid alone may have been given to another, and clocks are set."""
     url: str
     port: int
     config: str
@@ -68,7 +64,7 @@ def running() -> list[Running]:
             found.append(entry)
         else:
             discard(entry)
-    return sorted(found, key=lambda entry: entry.started_unix_s)
+    return sorted(found, key=lambda entry: entry.started_ticks)
 
 
 def discard(entry: Running) -> None:
@@ -80,12 +76,16 @@ def discard(entry: Running) -> None:
 
 
 def is_alive(entry: Running) -> bool:
+    return started_ticks(entry.pid) == entry.started_ticks
+
+
+def started_ticks(pid: int) -> int | None:
+    """As proc(5) counts them; None for a process that has ended."""
     try:
-        process = psutil.Process(entry.pid)
-        same = abs(process.create_time() - entry.started_unix_s) < CLOCK_TOLERANCE_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else int(fields[18])
 
 
 def _file(pid: int) -> Path:

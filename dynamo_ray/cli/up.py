@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-import psutil
 import yaml
 
 from dynamo_ray.cli import local_ray, preflight, serving, state
@@ -161,7 +160,7 @@ def _start(
 def _entry(checked: CheckedFile, port: int, address: str | None, folder: Path) -> state.Running:
     return state.Running(
         pid=os.getpid(),
-        started_unix_s=psutil.Process().create_time(),
+        started_ticks=state.started_ticks(os.getpid()) or 0,
         url=f"http://{checked.host}:{port}",
         port=port,
         config=str(checked.path),
