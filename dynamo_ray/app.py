@@ -8,6 +8,7 @@ import os
 
 from ray import serve
 
+from dynamo_ray import models
 from dynamo_ray.cluster import orchestrator
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request import ingress
@@ -19,7 +20,14 @@ HAPROXY_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_O
 
 
 def build(args: DeploymentConfig) -> serve.Application:
-    """The ingress in front of an orchestrator that starts the workers; `args` is what stands under `args:`."""
+    """The ingress in front of an orchestrator that starts the workers; `args` is what stands under `args:`.
+
+    Raises:
+        ModelError: The model is one that a command makes, and is not there; names the command.
+    """
+    key = models.key_of(args.model.folder)
+    if key is not None and not args.model.folder.is_dir():
+        raise models.ModelError(f"{args.model.folder} is missing; make it with `dynamo-ray model {key}`")
     if any(os.environ.get(name) != value for name, value in HAPROXY_ENVIRONMENT.items()):
         wanted = " ".join(f"{name}={value}" for name, value in HAPROXY_ENVIRONMENT.items())
         log.warning(

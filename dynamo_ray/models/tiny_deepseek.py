@@ -26,9 +26,8 @@ def build(target: Path) -> None:
 
     byte_tokenizer.build(target)
     vocab_size = Tokenizer.from_file(str(target / "tokenizer.json")).get_vocab_size()
-    # The tokenizer's folder may carry a config of its own: its special tokens stay, the model's shape is ours.
-    given = target / "config.json"
-    special = json.loads(given.read_text()) if given.exists() else {}
+    # The tokenizer comes with a config of its own: its special tokens stay, the model's shape is ours.
+    special = json.loads((target / "config.json").read_text())
     write_model(target, vocab_size, {key: special[key] for key in special if key.endswith("_token_id")})
 
 

@@ -124,7 +124,7 @@ def test_failed_starts_leave_no_process_behind(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "token_high" in output
-    assert session_of(process) == []
+    assert session_of(process) == [], output
 
 
 def session_of(leader: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -145,8 +145,8 @@ def test_the_python_of_this_test_is_the_project_s_own() -> None:
 
 
 @contextlib.contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`dynamo-ray up` in its own session, ready; killed at the end if it still runs."""
+def started(*arguments: str, until: str = "ready in ") -> Iterator[subprocess.Popen[str]]:
+    """`dynamo-ray up` in its own session, as soon as it has said that; killed at the end if it still runs."""
     process = subprocess.Popen(
         [str(BIN / "dynamo-ray"), "up", *arguments],
         cwd=ROOT,
@@ -157,14 +157,25 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     )
     assert process.stdout is not None
     try:
-        lines = []
-        while not any(line.startswith("ready in ") for line in lines):
-            lines.append(process.stdout.readline())
-            assert lines[-1], "".join(lines)
+        said = ""
+        while until not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
         yield process
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("step", ["starting Ray", "deploying", "starting its processes"])
+def test_ctrl_c_at_any_step_of_the_start_is_no_traceback_and_leaves_nothing(step: str) -> None:
+    with started(str(SIM), "--port", str(free_port()), until=step) as process:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert session_of(process) == [], output
 
 
 def test_sigterm_ends_all_of_it_in_order() -> None:
@@ -173,7 +184,7 @@ def test_sigterm_ends_all_of_it_in_order() -> None:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "nothing is left running" in output
-    assert session_of(process) == []
+    assert session_of(process) == [], output
 
 
 def test_what_a_killed_up_leaves_is_ended_by_the_next_command() -> None:

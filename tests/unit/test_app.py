@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from dynamo_ray import app
+from pathlib import Path
+
+import pytest
+
+from dynamo_ray import app, models
 from dynamo_ray.config import DeploymentConfig
+
+
+def test_a_model_that_a_command_makes_is_missed_with_that_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = {"name": "m", "path": "~/.cache/dynamo-ray/models/byte-tokenizer"}
+    config = DeploymentConfig.model_validate({"model": model, "backend": "simulated", "aggregated": {}})
+    with pytest.raises(models.ModelError, match="`dynamo-ray model byte-tokenizer`"):
+        app.build(config)
 
 
 def test_an_ingress_that_is_ended_has_as_long_as_its_workers_drain() -> None:
