@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import auto_init_hook
 
 from dynamo_ray.cli import processes
 from dynamo_ray.cluster.gang import reason_of
@@ -131,7 +132,12 @@ def refuse_second() -> None:
 
 
 def connect(**options: Any) -> None:
-    """ray.init, which takes SIGTERM for itself (ray/_private/worker.py); whose it was gets it back."""
+    """ray.init, which takes SIGTERM for itself (ray/_private/worker.py); whose it was gets it back.
+
+    From then on nothing else in this process starts a Ray unasked: a thread of Serve's that outlives ray.shutdown
+    would, by its next call, and nobody would end that one.
+    """
+    auto_init_hook.enable_auto_connect = False
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(namespace="serve", log_to_driver=False, logging_level="warning", **options)

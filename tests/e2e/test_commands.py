@@ -144,6 +144,16 @@ def test_the_python_of_this_test_is_the_project_s_own() -> None:
     assert (BIN / "dynamo-ray").exists(), f"run by make test: {sys.executable} has no dynamo-ray beside it"
 
 
+def await_line(process: subprocess.Popen[str], text: str) -> None:
+    """Read on until it has said that."""
+    assert process.stdout is not None
+    said = ""
+    while text not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+
+
 @contextlib.contextmanager
 def started(*arguments: str, until: str = "ready in ") -> Iterator[subprocess.Popen[str]]:
     """`dynamo-ray up` in its own session, as soon as it has said that; killed at the end if it still runs."""
@@ -155,13 +165,8 @@ def started(*arguments: str, until: str = "ready in ") -> Iterator[subprocess.Po
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None
     try:
-        said = ""
-        while until not in said:
-            line = process.stdout.readline()
-            assert line, said
-            said += line
+        await_line(process, until)
         yield process
     finally:
         process.kill()
@@ -184,6 +189,20 @@ def test_sigterm_ends_all_of_it_in_order() -> None:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "nothing is left running" in output
+    assert session_of(process) == [], output
+
+
+def test_a_second_ctrl_c_ends_all_of_it_at_once() -> None:
+    with started(str(SIM), "--port", str(free_port())) as process:
+        entries = json.loads(run("status", "--json").stdout)["deployments"]
+        (mark,) = (entry["mark"] for entry in entries if entry["pid"] == process.pid)
+        assert Path(mark).is_dir()
+        process.send_signal(signal.SIGINT)
+        await_line(process, "ending")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert not Path(mark).exists()
     assert session_of(process) == [], output
 
 
