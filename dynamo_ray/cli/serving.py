@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve._private import api as serve_api
 from ray.serve._private.client import ServeControllerClient
-from ray.serve.config import gRPCOptions
+from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import APIType, ApplicationStatus, ServeDeploySchema, ServeInstanceDetails, ServeStatus
@@ -53,9 +53,8 @@ def start(checked: CheckedFile, port: int) -> ServeControllerClient:
         raise StartError(f"Ray Serve did not start: {reason_of(error)}") from error
 
 
-def root_url(client: ServeControllerClient, wildcard: str) -> str:
-    """Where that Serve listens; `wildcard` is the host to use where it does on every interface."""
-    options = client.http_config
+def root_url(options: HTTPOptions, wildcard: str) -> str:
+    """Where a Serve with these listens; `wildcard` is the host to use where it does on every interface."""
     host = wildcard if options.host in ("0.0.0.0", "::") else options.host
     return f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
 
@@ -69,7 +68,7 @@ def check_alone(client: ServeControllerClient, names: tuple[str, ...]) -> None:
     found = _details(client).applications.items()
     lost = [name for name, there in found if name in names or there.source is APIType.DECLARATIVE]
     if lost:
-        message = f"{', '.join(lost)} there would be ended; add this to its file, or end it with `dynamo-ray down`"
+        message = f"Serve there would end {', '.join(lost)} for this file; end it first, or choose another Ray"
         raise PreflightError((Problem("--address", message),))
 
 
@@ -215,7 +214,7 @@ def ours(head: str) -> dict[str, str]:
         return {}
     found = _details(client).applications.items()
     return {
-        name: root_url(client, head) + (there.route_prefix or "").rstrip("/")
+        name: root_url(client.http_config, head) + (there.route_prefix or "").rstrip("/")
         for name, there in found
         if ORCHESTRATOR in there.deployments
     }

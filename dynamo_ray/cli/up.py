@@ -143,7 +143,7 @@ def _start(
         head = resources.enter_context(serving.driver(address))
     progress("deploying")
     client = serving.start(checked, port)
-    urls = checked.urls(serving.root_url(client, head))
+    urls = checked.urls(serving.root_url(client.http_config, head))
     deployment.note(url=urls[0])
     serving.check_alone(client, checked.names)
     resources.callback(serving.undeploy, checked.names, checked.drain_timeout_s + TEARDOWN_MARGIN_S)
