@@ -150,7 +150,7 @@ def _body(
     shape: ModelShape, width: Parallelism, redundant_experts: int, *, num_dense: int, num_moe: int
 ) -> ByComponent:
     """Parameters of so many layers on one GPU. An MLP is gate, up and down."""
-    hidden, experts = shape.hidden_size, shape.experts or Experts(0, 0, 0)
+    hidden, experts = shape.hidden_size, shape.experts or Experts(0, 0, 0, 0)
     expert = 3 * hidden * experts.intermediate_size
     on_rank = (experts.num_routed + redundant_experts) // width.moe_ep
     return ByComponent(

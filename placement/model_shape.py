@@ -154,6 +154,8 @@ class Experts:
     num_shared: int
     intermediate_size: int
     """Of one expert, routed or shared."""
+    num_per_token: int
+    """Routed experts that compute one token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,7 @@ def _deepseek(config: Mapping[str, Any], quantisation: Quantisation | None) -> M
         num_routed=_int(config, "n_routed_experts"),
         num_shared=_int(config, "n_shared_experts", minimum=0, default=0),
         intermediate_size=_int(config, "moe_intermediate_size"),
+        num_per_token=_int(config, "num_experts_per_tok"),
     )
     is_moe = tuple(layer >= first and layer % every == 0 for layer in range(num_layers))
     return _shape(config, quantisation, attention, is_moe, experts)
@@ -259,12 +262,16 @@ def _qwen3_moe(config: Mapping[str, Any], quantisation: Quantisation | None) -> 
     every, dense = _int(config, "decoder_sparse_step", default=1), _list(config, "mlp_only_layers")
     layers = range(_int(config, "num_hidden_layers"))
     is_moe = tuple(layer not in dense and (layer + 1) % every == 0 for layer in layers)
-    experts = Experts(_int(config, "num_experts"), 0, _int(config, "moe_intermediate_size"))
+    experts = Experts(
+        _int(config, "num_experts"), 0, _int(config, "moe_intermediate_size"), _int(config, "num_experts_per_tok")
+    )
     return _shape(config, quantisation, _gqa(config), is_moe, experts)
 
 
 def _gpt_oss(config: Mapping[str, Any], quantisation: Quantisation | None) -> ModelShape:
-    experts = Experts(_int(config, "num_local_experts"), 0, _int(config, "intermediate_size"))
+    experts = Experts(
+        _int(config, "num_local_experts"), 0, _int(config, "intermediate_size"), _int(config, "num_experts_per_tok")
+    )
     is_moe = (True,) * _int(config, "num_hidden_layers")
     return _shape(config, quantisation, _gqa(config), is_moe, experts)
 

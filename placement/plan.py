@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from placement.parallelism import Parallelism
+from placement.search import Allocation, Job, NoPlace, allocate
 from placement.topology import NO_ACCELERATOR, Node, Resources, Topology
+from placement.traffic import RequestShape
+
+R1 = RequestShape()
 
 
 class PlacementError(Exception):
@@ -20,19 +24,30 @@ class PlacementError(Exception):
         num_nodes: how many nodes it needs at once.
         num_fitting: how many there are.
         largest: the largest free slot, in words.
+        change: the smallest one that would make it fit, in words.
     """
 
-    def __init__(self, group: str, worker: str, needs: str, num_nodes: int, num_fitting: int, largest: str) -> None:
-        super().__init__(group, worker, needs, num_nodes, num_fitting, largest)
+    def __init__(
+        self,
+        group: str,
+        worker: str,
+        needs: str,
+        num_nodes: int,
+        num_fitting: int,
+        largest: str,
+        change: str = "add nodes",
+    ) -> None:
+        super().__init__(group, worker, needs, num_nodes, num_fitting, largest, change)
         self.group, self.worker, self.needs = group, worker, needs
-        self.num_nodes, self.num_fitting, self.largest = num_nodes, num_fitting, largest
+        self.num_nodes, self.num_fitting = num_nodes, num_fitting
+        self.largest, self.change = largest, change
 
     def __str__(self) -> str:
         nodes = "a node" if self.num_nodes == 1 else f"{self.num_nodes} nodes, each"
         found = "" if self.num_nodes == 1 else f"only {self.num_fitting} fit; "
         return (
             f"{self.worker} needs {nodes} with {self.needs} free; {found}{self.largest}. "
-            f"Add nodes, free some, or lower `{self.group}`"
+            f"{self.change[0].upper()}{self.change[1:]}, or lower `{self.group}`"
         )
 
 
@@ -54,6 +69,8 @@ class WorkerGroup:
     memory_bytes: int = 0
     """Per node of a worker."""
     accelerator: str = NO_ACCELERATOR
+    one_domain: bool = False
+    """Every worker's nodes share one NVLink domain."""
 
     def __post_init__(self) -> None:
         if self.parallelism.num_ranks % self.nodes:
@@ -103,6 +120,8 @@ class WorkerPlacement:
 class Plan:
     workers: tuple[WorkerPlacement, ...]
     """In the order of the groups and of their workers."""
+    spares: tuple[str, ...] = ()
+    """Ids of whole nodes kept free, to replace one that is lost."""
 
     def of(self, worker: str) -> WorkerPlacement:
         """Raises KeyError for a worker that is not in the plan."""
@@ -112,53 +131,116 @@ class Plan:
         raise KeyError(worker)
 
 
-def plan(topology: Topology, groups: Sequence[WorkerGroup]) -> Plan:
+def plan(
+    topology: Topology, groups: Sequence[WorkerGroup], *, spares: int = 0, request: RequestShape | None = None
+) -> Plan:
     """Assign every rank of every worker a node; same inputs, same plan.
 
-    Workers with the widest nodes are placed first. GPU workers take the fullest nodes that still fit, which keeps
-    whole nodes free; CPU workers take the emptiest, which keeps engines off each other's cores. Two engines share a
-    core only where a node has fewer cores than ranks.
+    A worker is kept in the fewest leaves, and in one NVLink domain where its group asks for it; prefill workers near
+    decode workers; replicas of one role apart where that costs no traffic. GPU workers take the fullest nodes of a leaf
+    that still fit, which keeps whole nodes free; CPU workers take the emptiest, which keeps engines off each other's
+    cores. Two engines share a core only where a node has fewer cores than ranks.
+
+    Args:
+        spares: how many whole nodes with GPUs to leave free and name.
+        request: what a request moves; None: as DeepSeek-R1.
 
     Raises:
-        PlacementError: Something does not fit; names the group, what it needs and the largest free slot.
+        PlacementError: Something does not fit; names the group, what it needs, the largest slot, and the fix.
     """
+    by_worker = {worker: group for group in groups for worker in group.workers}
+    try:
+        chosen = allocate(topology.nodes, [_job(group, worker) for worker, group in by_worker.items()], request or R1)
+    except NoPlace as error:
+        raise _misfit(by_worker[error.job.worker], error) from error
     nodes = {node.node_id: node for node in topology.nodes}
-    wanted = [(group, worker) for group in groups for worker in group.workers]
-    placed: dict[str, WorkerPlacement] = {}
-    for group, worker in sorted(wanted, key=lambda item: (-item[0].needs.gpus, -item[0].nodes)):
-        placed[worker] = place(Topology(tuple(nodes.values())), group, worker)
+    placed = {}
+    for worker, group in by_worker.items():
+        placed[worker] = _placement(group, worker, [nodes[node_id] for node_id in chosen[worker]])
         for bundle in placed[worker].bundles:
             node = nodes[bundle.node_id]
-            nodes[bundle.node_id] = replace(
-                node, free=node.free - bundle.resources, busy_cores=node.busy_cores + bundle.cores
-            )
-    return Plan(tuple(placed[worker] for _, worker in wanted))
+            busy = node.busy_cores + bundle.cores
+            nodes[bundle.node_id] = replace(node, free=node.free - bundle.resources, busy_cores=busy)
+    return Plan(tuple(placed.values()), _spares(nodes.values(), groups, placed.values(), spares))
 
 
-def place(topology: Topology, group: WorkerGroup, worker: str) -> WorkerPlacement:
-    """Assign the ranks of one worker to what is free now: one step of `plan`.
+def place(
+    topology: Topology, group: WorkerGroup, worker: str, beside: Mapping[str, WorkerPlacement] | None = None
+) -> WorkerPlacement:
+    """Assign the ranks of one worker to what is free now, as `plan` would.
+
+    Args:
+        beside: workers that are there already, whose nodes have less free for it. Their groups' names are roles.
 
     Raises:
         PlacementError: It does not fit.
     """
-    chosen = _choose(topology.nodes, group, worker)
-    return WorkerPlacement(worker, group.name, tuple(_bundle(group, rank, node) for rank, node in enumerate(chosen)))
+    there = beside or {}
+    nodes = {node.node_id: node for node in topology.nodes}
+    allocation = Allocation(topology.nodes, [_job(group, worker)], R1)
+    for other in there.values():
+        allocation.neighbour(other.group, [b.node_id for b in other.bundles if b.node_id in nodes])
+    job = _job(group, worker)
+    chosen = allocation.near(job)
+    if chosen is None:
+        raise _misfit(group, NoPlace(job, topology.nodes))
+    return _placement(group, worker, [nodes[node_id] for node_id in chosen])
 
 
-def _choose(nodes: tuple[Node, ...], group: WorkerGroup, worker: str) -> list[Node]:
-    """The nodes of one worker, in node_rank order."""
-    right_kind = [node for node in nodes if group.accelerator in (NO_ACCELERATOR, node.accelerator)]
-    fitting = [node for node in right_kind if group.needs.fits_in(node.free)]
-    if len(fitting) < group.nodes:
-        needs = str(group.needs) if group.accelerator == NO_ACCELERATOR else f"{group.needs} ({group.accelerator})"
-        raise PlacementError(group.name, worker, needs, group.nodes, len(fitting), _largest(right_kind, group))
-    # Stable sorts: equal nodes stay in the topology's order.
-    if group.needs.gpus:
-        best = sorted(fitting, key=lambda node: (node.free.gpus, node.free.cpus))
-    else:
-        best = sorted(fitting, key=lambda node: (-node.free.cpus, node.free.gpus))
-    chosen = {node.node_id for node in best[: group.nodes]}
-    return [node for node in fitting if node.node_id in chosen]
+def _job(group: WorkerGroup, worker: str) -> Job:
+    return Job(worker, group.name, group.nodes, group.needs, group.accelerator, group.one_domain)
+
+
+def _placement(group: WorkerGroup, worker: str, nodes: Sequence[Node]) -> WorkerPlacement:
+    return WorkerPlacement(worker, group.name, tuple(_bundle(group, rank, node) for rank, node in enumerate(nodes)))
+
+
+def _spares(
+    nodes: Iterable[Node], groups: Sequence[WorkerGroup], placed: Iterable[WorkerPlacement], count: int
+) -> tuple[str, ...]:
+    """Free whole nodes, first those in leaves where most workers are.
+
+    Raises:
+        PlacementError: There are not so many.
+    """
+    if not count:
+        return ()
+    kinds = {group.accelerator for group in groups if group.needs.gpus}
+    by_id = {node.node_id: node for node in nodes}
+    used = Counter(by_id[bundle.node_id].leaf for worker in placed for bundle in worker.bundles)
+    whole = [n for n in by_id.values() if n.accelerator in kinds and n.total.gpus and n.free.gpus == n.total.gpus]
+    whole = [node for node in whole if not node.drained]
+    if len(whole) < count:
+        raise PlacementError("spares", "spares", "every GPU", count, len(whole), f"{len(whole)} whole nodes are left")
+    whole.sort(key=lambda node: (-used[node.leaf], node.address, node.node_id))
+    return tuple(node.node_id for node in whole[:count])
+
+
+def _misfit(group: WorkerGroup, error: NoPlace) -> PlacementError:
+    job = error.job
+    fitting = [node for node in error.nodes if job.takes(node)]
+    right_kind = [n for n in error.nodes if group.accelerator in (NO_ACCELERATOR, n.accelerator) and not n.drained]
+    needs = str(group.needs) if group.accelerator == NO_ACCELERATOR else f"{group.needs} ({group.accelerator})"
+    found = len(fitting)
+    if group.one_domain:
+        needs += " in one NVLink domain"
+        found = max(Counter(node.domain or node.node_id for node in fitting).values(), default=0)
+    change = _smallest_change(group, right_kind, group.nodes - found)
+    return PlacementError(group.name, job.worker, needs, group.nodes, found, _largest(right_kind, group), change)
+
+
+def _smallest_change(group: WorkerGroup, right_kind: Sequence[Node], lacking: int) -> str:
+    """What would make room: other uses of as few GPUs as possible, or more nodes."""
+    add = f"add {lacking} node{'s' if lacking > 1 else ''}"
+    needs = group.needs
+    could = [n for n in right_kind if not needs.fits_in(n.free) and needs.fits_in(n.total)]
+    if not needs.gpus or group.one_domain or len(could) < lacking:
+        return add
+    could.sort(key=lambda node: (needs.gpus - node.free.gpus, node.address))
+    freed = [(needs.gpus - node.free.gpus, node.address) for node in could[:lacking] if node.free.gpus < needs.gpus]
+    if not freed:
+        return add
+    return f"free {', '.join(f'{gpus} GPUs on {address}' for gpus, address in freed)}, or {add}"
 
 
 def _largest(right_kind: list[Node], group: WorkerGroup) -> str:
@@ -173,7 +255,7 @@ def _largest(right_kind: list[Node], group: WorkerGroup) -> str:
 def _bundle(group: WorkerGroup, node_rank: int, node: Node) -> Bundle:
     first = node_rank * group.ranks_per_node
     cores: tuple[int, ...] = ()
-    if group.accelerator == NO_ACCELERATOR:
+    if group.accelerator == NO_ACCELERATOR and node.num_cores:
         cores = _least_busy_cores(node, group.ranks_per_node * group.cores_per_rank)
     ranks = tuple(range(first, first + group.ranks_per_node))
     return Bundle(node_rank, node.node_id, node.address, group.needs, ranks, cores)

@@ -86,8 +86,8 @@ class Node:
 
     @property
     def num_cores(self) -> int:
-        """Cores are numbered 0..num_cores-1; their owner maps them to those its process may use."""
-        return max(1, int(self.total.cpus + _EPSILON))
+        """Cores are numbered 0..num_cores-1; their owner maps them to those its process may use. 0: it is not known."""
+        return 0 if isinf(self.total.cpus) else max(1, int(self.total.cpus + _EPSILON))
 
 
 class TopologyError(ValueError):
