@@ -12,11 +12,10 @@ BACKENDS = ("simulated", "vllm")
 
 
 def create(backend: str, spec: LaunchSpec) -> Engine:
-    """Make the engine of that backend; its library is imported only now, and nothing starts yet.
+    """Make the engine of that backend; its `start` imports the library, and says so where that is not installed.
 
     Raises:
         ValueError: No such backend; names those there are.
-        EngineStartError: The backend's library is not installed; names the extra that brings it.
     """
     if backend == "simulated":
         from backends.simulated import SimulatedEngine
@@ -36,7 +35,7 @@ def check_args(backend: str, role: Role, engine_args: Mapping[str, Any]) -> None
         EngineStartError: A key or value is wrong; the message starts with `engine_args.<key>: `.
     """
     if backend == "simulated":
-        from backends.simulated import parse_args
+        from backends.simulated_args import parse_args
 
         parse_args(engine_args)
     if backend == "vllm":

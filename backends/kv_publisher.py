@@ -19,14 +19,22 @@ END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 
 
 class KVEventPublisher:
-    """One rank's publisher, on the running loop. Ports are free ones on `host`."""
+    """One rank's publisher, on the running loop. Ports are free ones on `host`.
+
+    Raises:
+        OSError: Nothing can be bound there.
+    """
 
     def __init__(self, host: str, buffer_batches: int = 10_000) -> None:
         self._context = zmq.asyncio.Context()
         self._pub = self._context.socket(zmq.PUB)
         self._replay = self._context.socket(zmq.ROUTER)
-        self.endpoint = _bind(self._pub, host)
-        self.replay_endpoint = _bind(self._replay, host)
+        try:
+            self.endpoint = _bind(self._pub, host)
+            self.replay_endpoint = _bind(self._replay, host)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise OSError(error.errno, error.strerror) from error
         self._buffer: deque[list[bytes]] = deque(maxlen=buffer_batches)
         self._task = asyncio.create_task(self._serve_replay(), name="kv-replay")
 

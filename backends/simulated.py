@@ -12,17 +12,16 @@ import random
 import zlib
 from array import array
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 
+from backends import admission
 from backends.engine import (
     EngineError,
     EngineInfo,
     EngineStartError,
     FinishReason,
     GenerateRequest,
-    HandoffStyle,
     KVEventSource,
     KVHandoff,
     LaunchSpec,
@@ -33,59 +32,15 @@ from backends.engine import (
 )
 from backends.kv_events import KVEventBatch
 from backends.kv_publisher import KVEventPublisher
+from backends.simulated_args import SimulatedArgs, parse_args
 from backends.simulated_cache import BlockPool, Lease
-from backends.simulated_fabric import Fabric
+from backends.simulated_fabric import Fabric, key_of
+from backends.startup import Startup
 
 VERSION = "1"
 MAX_LOGPROBS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedArgs:
-    """What `engine_args` may hold for this backend."""
-
-    block_size: int = 16
-    kv_blocks: int = 8192
-    """Per DP rank."""
-    max_model_len: int = 8192
-    max_running: int = 512
-    """Requests that step together, per DP rank."""
-    max_batched_tokens: int = 8192
-    """Prompt tokens computed in one step, per DP rank; longer prompts take several."""
-    step_s: float = 0.01
-    """A step that only decodes."""
-    prefill_tokens_per_s: float = 100_000.0
-    transfer_tokens_per_s: float = 1_000_000.0
-    start_s: float = 0.0
-    handoff: HandoffStyle = "sequential"
-    lease_s: float = 30.0
-    """How long a prefill leg's KV waits for its decode side."""
-    token_low: int = 97
-    token_high: int = 122
-    """Tokens are drawn from this closed range; the default is a to z in the byte tokenizer."""
-
-
-def parse_args(given: Mapping[str, Any]) -> SimulatedArgs:
-    """Check `engine_args`.
-
-    Raises:
-        EngineStartError: A key is unknown, or a value has the wrong type or sign; names it.
-    """
-    known = {f.name: f for f in fields(SimulatedArgs)}
-    for key, value in given.items():
-        if key not in known:
-            raise EngineStartError(f"engine_args.{key}: unknown to the simulated engine; it has {', '.join(known)}")
-        wanted = type(getattr(SimulatedArgs(), key))
-        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
-            raise EngineStartError(f"engine_args.{key}: {value!r} is not of type {wanted.__name__}")
-        if isinstance(value, (int, float)) and value < (0 if key in ("step_s", "start_s", "token_low") else 1e-9):
-            raise EngineStartError(f"engine_args.{key}: {value!r} is too small")
-    args = SimulatedArgs(**given)
-    if args.handoff not in ("sequential", "concurrent"):
-        raise EngineStartError(f"engine_args.handoff: {args.handoff!r}; use 'sequential' or 'concurrent'")
-    if args.token_high < args.token_low:
-        raise EngineStartError("engine_args.token_high: must not be below token_low")
-    return args
+VOCAB_SIZE = 1 << 32
+"""What a fold over tokens takes; models differ, and this engine stands for any of them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +56,8 @@ class _Sequence:
     seed: int | None
     out: asyncio.Queue[TokenChunk | EngineError] = field(default_factory=asyncio.Queue)
     lease: Lease | None = None
+    pull: asyncio.Task[None] | None = None
+    """On a decode leg, once it has blocks: fetches the KV into them."""
     computed: int = 0
     """Tokens whose KV is there."""
     transferred: int = 0
@@ -113,44 +70,130 @@ class _Sequence:
         return len(self.tokens) - len(self.request.token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a finished prefill leg keeps for its decode side."""
+
+    request_id: str
+    rank: int
+    lease: Lease
+    timer: asyncio.TimerHandle
+
+
 class SimulatedEngine:
-    """See `backends.engine.Engine`; all DP ranks step in lockstep, as those of a WideEP engine do."""
+    """See `backends.engine.Engine`; all DP ranks step in lockstep, as those of a WideEP engine do.
+
+    A request waits until its blocks are there. A decode leg then fetches the KV into them, and counts as waiting
+    until it has landed.
+    """
 
     def __init__(self, spec: LaunchSpec) -> None:
         self.spec = spec
+        self.info: EngineInfo | None = None
+        self._startup = Startup()
         self._ranks: list[BlockPool] = []
         self._waiting: list[deque[_Sequence]] = []
+        self._pulling: list[list[_Sequence]] = []
         self._running: list[list[_Sequence]] = []
         self._live: dict[str, _Sequence] = {}
-        self._held: dict[str, tuple[int, Lease, asyncio.TimerHandle]] = {}
-        self._held_keys: dict[str, str] = {}
-        """Request id -> the fabric's key; they differ when a dispatcher chose the room."""
+        self._held: dict[str, _Held] = {}
+        """By the fabric's key, which is not the request's id where a dispatcher chose the room."""
         self._publishers: list[KVEventPublisher] = []
         self._sequence_numbers: list[int] = []
         self._work = asyncio.Event()
         self._death: asyncio.Future[str] | None = None
         self._loop_task: asyncio.Task[None] | None = None
-        self._fabric: Fabric | None = None
+        self._fabric = Fabric(spec.node_address, self._release_held)
         self._next_rank = 0
         self.args = SimulatedArgs()
         self.computed_tokens = 0
         """Prompt tokens computed here; what came from a cache or a peer is not among them."""
 
     async def start(self) -> EngineInfo:
-        self.args = args = parse_args(self.spec.engine_args)
+        return await self._startup.run(self._start())
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
+        sequence = self._admit(request)
+        handed_over = False
+        try:
+            while True:
+                item = await sequence.out.get()
+                if isinstance(item, EngineError):
+                    raise item
+                handed_over = item.finish_reason == "length"
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            del self._live[request.request_id]
+            self._drop(sequence)
+            if request.leg is Role.PREFILL and not handed_over:
+                self._release_held(key_of(request))
+
+    async def abort(self, request_id: str) -> None:
+        sequence = self._live.get(request_id)
+        if sequence is not None and not sequence.done:
+            self._drop(sequence)
+            sequence.out.put_nowait(TokenChunk(request_id, [], "abort"))
+
+    async def release(self, request_id: str) -> None:
+        for key in [key for key, held in self._held.items() if held.request_id == request_id]:
+            self._release_held(key)
+
+    def load(self) -> tuple[RankLoad, ...]:
+        return tuple(
+            RankLoad(
+                rank,
+                len(self._running[rank]),
+                len(self._waiting[rank]) + len(self._pulling[rank]),
+                pool.used_blocks,
+                pool.num_blocks,
+            )
+            for rank, pool in enumerate(self._ranks)
+        )
+
+    async def check_health(self) -> None:
+        self._check_serving()
+
+    async def died(self) -> str:
+        assert self._death is not None, "start() comes first"
+        return await asyncio.shield(self._death)
+
+    def kill(self, reason: str) -> None:
+        """Die as a crashed process would: every request is lost, no peer gets KV, nothing more is served."""
+        if self._death is not None and not self._death.done():
+            self._death.set_result(reason)
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+        self._fabric.close()
+        self._lose_all(f"the engine died: {reason}")
+
+    async def stop(self) -> None:
+        await self._startup.end()
+        await self._shut_down()
+
+    async def _start(self) -> EngineInfo:
         spec, ranks = self.spec, self.spec.attn_dp
+        self.args = args = parse_args(spec.engine_args)
         await asyncio.sleep(args.start_s)
+        address = None
+        try:
+            if spec.kv_events:
+                for _ in range(ranks):
+                    self._publishers.append(KVEventPublisher(spec.node_address))
+            if spec.role is Role.PREFILL:
+                address = await self._fabric.listen()
+        except OSError as error:
+            await self._shut_down()
+            raise EngineStartError(f"the simulated engine cannot listen on {spec.node_address}: {error}") from error
         self._death = asyncio.get_running_loop().create_future()
         self._ranks = [BlockPool(args.kv_blocks, args.block_size) for _ in range(ranks)]
         self._waiting = [deque() for _ in range(ranks)]
+        self._pulling = [[] for _ in range(ranks)]
         self._running = [[] for _ in range(ranks)]
-        if spec.kv_events:
-            self._publishers = [KVEventPublisher(spec.node_address) for _ in range(ranks)]
-            self._sequence_numbers = [0] * ranks
-        self._fabric = Fabric(spec.node_address, self._release_held, listen=spec.role is Role.PREFILL)
-        address = await self._fabric.start()
+        self._sequence_numbers = [0] * ranks
         self._loop_task = asyncio.create_task(self._run(), name=f"simulated-{spec.worker}")
-        return EngineInfo(
+        self.info = EngineInfo(
             backend="simulated",
             version=VERSION,
             model=spec.model,
@@ -167,121 +210,63 @@ class SimulatedEngine:
             bootstrap_address=address if args.handoff == "concurrent" else None,
             max_logprobs=MAX_LOGPROBS,
         )
+        return self.info
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
-        sequence = self._admit(request)
-        self._live[request.request_id] = sequence
-        try:
-            if request.leg is Role.DECODE:
-                await self._pull(sequence)
-            self._waiting[sequence.rank].append(sequence)
-            self._work.set()
-            while True:
-                item = await sequence.out.get()
-                if isinstance(item, EngineError):
-                    raise item
-                yield item
-                if item.finish_reason is not None:
-                    return
-        finally:
-            if self._live.get(request.request_id) is sequence:
-                del self._live[request.request_id]
-            self._drop(sequence)
-            if request.leg is Role.PREFILL and request.request_id not in self._held_keys and self._fabric is not None:
-                self._fabric.withdraw(self._fabric.key_of(request))
-
-    async def abort(self, request_id: str) -> None:
-        sequence = self._live.get(request_id)
-        if sequence is not None and not sequence.done:
-            self._drop(sequence)
-            sequence.out.put_nowait(TokenChunk(request_id, [], "abort"))
-
-    async def release(self, request_id: str) -> None:
-        if request_id in self._held_keys:
-            self._release_held(self._held_keys[request_id])
-
-    def load(self) -> tuple[RankLoad, ...]:
-        return tuple(
-            RankLoad(rank, len(self._running[rank]), len(self._waiting[rank]), pool.used_blocks, pool.num_blocks)
-            for rank, pool in enumerate(self._ranks)
-        )
-
-    async def check_health(self) -> None:
-        if self._death is None or self._death.done() or self._loop_task is None or self._loop_task.done():
-            raise EngineError("the simulated engine is not running")
-
-    async def died(self) -> str:
-        assert self._death is not None, "start() comes first"
-        return await asyncio.shield(self._death)
-
-    def kill(self, reason: str) -> None:
-        """Die as a crashed process would: every request is lost, nothing more is served."""
-        if self._death is not None and not self._death.done():
-            self._death.set_result(reason)
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-        for sequence in list(self._live.values()):
-            sequence.out.put_nowait(EngineError(f"the engine died: {reason}"))
-
-    async def stop(self) -> None:
+    async def _shut_down(self) -> None:
+        self._lose_all("the engine was stopped")
         if self._loop_task is not None:
             self._loop_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._loop_task
             self._loop_task = None
-        for _, _, timer in self._held.values():
-            timer.cancel()
+        for held in self._held.values():
+            held.timer.cancel()
         self._held.clear()
         for publisher in self._publishers:
             await publisher.close()
         self._publishers = []
-        if self._fabric is not None:
-            await self._fabric.stop()
-            self._fabric = None
-        for sequence in list(self._live.values()):
-            sequence.out.put_nowait(EngineError("the engine was stopped"))
+        self._fabric.close()
+
+    def _check_serving(self) -> EngineInfo:
+        if self.info is None or self._loop_task is None or self._loop_task.done():
+            raise EngineError("the simulated engine is not running")
+        if self._death is not None and self._death.done():
+            raise EngineError(f"the simulated engine died: {self._death.result()}")
+        return self.info
 
     def _admit(self, request: GenerateRequest) -> _Sequence:
-        """Refuse what can never run; otherwise make its sequence."""
-        args, prompt = self.args, request.token_ids
-        if self._loop_task is None or self._loop_task.done():
-            raise EngineError("the simulated engine is not running")
-        if not prompt:
-            raise EngineError("the prompt is empty", retryable=False, field="prompt")
-        if request.dp_rank is not None and not 0 <= request.dp_rank < len(self._ranks):
-            raise EngineError(
-                f"dp_rank {request.dp_rank} is not in 0..{len(self._ranks) - 1}", retryable=False, field="dp_rank"
-            )
-        room = min(args.max_model_len, args.kv_blocks * args.block_size)
-        if len(prompt) >= room:
-            raise EngineError(
-                f"the prompt has {len(prompt)} tokens; at most {room - 1} fit", retryable=False, field="prompt"
-            )
-        if (request.sampling.logprobs or 0) > MAX_LOGPROBS:
-            raise EngineError(f"at most {MAX_LOGPROBS} logprobs", retryable=False, field="logprobs")
-        if (request.leg is Role.DECODE) != (request.handoff is not None) and self.args.handoff == "sequential":
-            raise EngineError("a decode leg needs a handoff, and only it", retryable=False, field="handoff")
+        """Refuse what can never run; queue the rest."""
+        admission.check(request, self._check_serving(), VOCAB_SIZE)
         if request.request_id in self._live:
             raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
-        greedy = request.sampling.temperature == 0.0
-        seed = (
-            None if greedy else request.sampling.seed if request.sampling.seed is not None else random.getrandbits(31)
-        )
+        prompt, sampling = request.token_ids, request.sampling
+        seed = sampling.seed if sampling.seed is not None else random.getrandbits(31)
         rank = request.dp_rank
         if rank is None:
             rank = self._next_rank
             self._next_rank = (rank + 1) % len(self._ranks)
-        return _Sequence(request, rank, list(prompt), _fold(prompt), seed)
+        sequence = _Sequence(request, rank, list(prompt), _fold(prompt), None if sampling.temperature == 0.0 else seed)
+        self._live[request.request_id] = sequence
+        self._waiting[rank].append(sequence)
+        self._work.set()
+        return sequence
 
-    async def _pull(self, sequence: _Sequence) -> None:
-        """Wait for the prefill side's KV, as long as its bytes take."""
-        assert self._fabric is not None
-        assert sequence.request.handoff is not None
-        state, num_tokens = await self._fabric.pull(sequence.request.handoff)
-        await asyncio.sleep(num_tokens / self.args.transfer_tokens_per_s)
-        await self._fabric.landed(sequence.request.handoff)
+    async def _pull(self, sequence: _Sequence, handoff: KVHandoff) -> None:
+        """Fetch the prefill side's KV, as long as its bytes take; then the sequence runs."""
+        try:
+            state, num_tokens = await self._fabric.pull(handoff)
+            sequence.transferred = num_tokens
+            await asyncio.sleep(sequence.transferred / self.args.transfer_tokens_per_s)
+            await self._fabric.landed(handoff)
+        except EngineError as error:
+            sequence.out.put_nowait(error)
+            return
         sequence.state = state
-        sequence.transferred = num_tokens
+        # The last token is computed here in any case: the next one follows from it.
+        sequence.computed = len(sequence.tokens) - 1
+        self._pulling[sequence.rank].remove(sequence)
+        self._running[sequence.rank].append(sequence)
+        self._work.set()
 
     async def _run(self) -> None:
         while True:
@@ -305,19 +290,25 @@ class SimulatedEngine:
 
     def _admit_waiting(self) -> None:
         for rank, waiting in enumerate(self._waiting):
-            pool, running = self._ranks[rank], self._running[rank]
-            while waiting and len(running) < self.args.max_running:
-                sequence = waiting[0]
-                lease = pool.acquire(sequence.tokens, sequence.request.cache_salt)
-                if lease is None:
-                    break
-                waiting.popleft()
-                sequence.lease = lease
-                sequence.cached = len(lease.shared) * pool.block_size
-                sequence.computed = sequence.cached
-                if sequence.transferred and not sequence.num_generated:
-                    sequence.computed = max(sequence.cached, len(sequence.tokens) - 1)
-                running.append(sequence)
+            running, pulling = self._running[rank], self._pulling[rank]
+            while waiting and len(running) + len(pulling) < self.args.max_running and self._allocate(waiting[0]):
+                sequence = waiting.popleft()
+                request = sequence.request
+                if request.leg is Role.DECODE and sequence.pull is None:
+                    assert request.handoff is not None
+                    pulling.append(sequence)
+                    sequence.pull = asyncio.create_task(self._pull(sequence, request.handoff))
+                else:
+                    running.append(sequence)
+
+    def _allocate(self, sequence: _Sequence) -> bool:
+        """Hold blocks for what the sequence has; False when there are not enough."""
+        pool = self._ranks[sequence.rank]
+        sequence.lease = pool.acquire(sequence.tokens, sequence.request.cache_salt)
+        if sequence.lease is None:
+            return False
+        sequence.cached = sequence.computed = len(sequence.lease.shared) * pool.block_size
+        return True
 
     def _plan_rank(self, running: list[_Sequence]) -> list[tuple[_Sequence, int]]:
         """Which sequences step, and how many prompt tokens each computes beyond the one a decode step costs."""
@@ -337,7 +328,8 @@ class SimulatedEngine:
         pool = self._ranks[rank]
         assert sequence.lease is not None
         sequence.computed += prompt_tokens
-        self.computed_tokens += prompt_tokens
+        if not sequence.num_generated:  # Else it was preempted, and its prompt has been counted.
+            self.computed_tokens += prompt_tokens
         if sequence.computed < len(sequence.tokens) - (0 if prompt_tokens else 1):
             return
         sequence.computed = len(sequence.tokens)
@@ -345,9 +337,10 @@ class SimulatedEngine:
         if sequence.request.leg is Role.PREFILL:
             self._finish_prefill(sequence)
             return
-        if not pool.extend(sequence.lease, len(sequence.tokens) + 1):
-            self._preempt(rank, sequence)
-            return
+        while not pool.extend(sequence.lease, len(sequence.tokens) + 1):
+            self._preempt_newest(rank)
+            if sequence.lease is None:
+                return
         self._emit(sequence)
 
     def _emit(self, sequence: _Sequence) -> None:
@@ -376,13 +369,11 @@ class SimulatedEngine:
         sequence.out.put_nowait(chunk)
 
     def _finish_prefill(self, sequence: _Sequence) -> None:
-        assert self._fabric is not None
         assert sequence.lease is not None
         request = sequence.request
-        key = self._fabric.key_of(request)
+        key = key_of(request)
         timer = asyncio.get_running_loop().call_later(self.args.lease_s, self._release_held, key)
-        self._held[key] = (sequence.rank, sequence.lease, timer)
-        self._held_keys[request.request_id] = key
+        self._held[key] = _Held(request.request_id, sequence.rank, sequence.lease, timer)
         sequence.lease = None
         handoff = self._fabric.offer(key, sequence.state, len(sequence.tokens))
         self._drop(sequence)
@@ -397,39 +388,37 @@ class SimulatedEngine:
             )
         )
 
-    def _preempt(self, rank: int, sequence: _Sequence) -> None:
+    def _preempt_newest(self, rank: int) -> None:
         """Out of blocks: the newest sequence gives up its own and starts over, tokens kept."""
         victim = self._running[rank].pop()
         assert victim.lease is not None
         self._ranks[rank].release(victim.lease)
         victim.lease = None
-        victim.computed = 0
         self._waiting[rank].appendleft(victim)
-        if victim is not sequence:
-            sequence.computed = len(sequence.tokens) - 1
 
     def _drop(self, sequence: _Sequence) -> None:
         """Take a sequence out of the engine and free its blocks; safe to call twice."""
         sequence.done = True
-        if not self._ranks:
-            return
-        with contextlib.suppress(ValueError):
-            self._running[sequence.rank].remove(sequence)
-        with contextlib.suppress(ValueError):
-            self._waiting[sequence.rank].remove(sequence)
+        for place in (self._waiting, self._pulling, self._running):
+            with contextlib.suppress(ValueError):
+                place[sequence.rank].remove(sequence)
+        if sequence.pull is not None:
+            sequence.pull.cancel()
         if sequence.lease is not None:
             self._ranks[sequence.rank].release(sequence.lease)
             sequence.lease = None
 
+    def _lose_all(self, reason: str) -> None:
+        for sequence in self._live.values():
+            self._drop(sequence)
+            sequence.out.put_nowait(EngineError(reason))
+
     def _release_held(self, key: str) -> None:
         held = self._held.pop(key, None)
         if held is not None:
-            self._held_keys = {request_id: k for request_id, k in self._held_keys.items() if k != key}
-            rank, lease, timer = held
-            timer.cancel()
-            self._ranks[rank].release(lease)
-        if self._fabric is not None:
-            self._fabric.withdraw(key)
+            held.timer.cancel()
+            self._ranks[held.rank].release(held.lease)
+        self._fabric.withdraw(key)
 
     def _publish(self) -> None:
         for rank, pool in enumerate(self._ranks):

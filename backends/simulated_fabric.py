@@ -8,13 +8,12 @@ know the key fails the pull.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from backends.engine import EngineError, GenerateRequest, KVHandoff, Role
+from backends.engine import EngineError, GenerateRequest, KVHandoff
 
 _WAIT_S = 30.0
 
@@ -22,36 +21,27 @@ _WAIT_S = 30.0
 class Fabric:
     """One engine's end. `released(key)` is called when a peer has its copy."""
 
-    def __init__(self, host: str, released: Callable[[str], None], listen: bool) -> None:
+    def __init__(self, host: str, released: Callable[[str], None]) -> None:
         self._host = host
         self._released = released
-        self._listen = listen
         self._offers: dict[str, asyncio.Future[tuple[int, int]]] = {}
+        """Done: fetchable. Not done: a peer came first and waits."""
         self._server: asyncio.Server | None = None
         self._peers: set[asyncio.StreamWriter] = set()
         self.address: str | None = None
 
-    async def start(self) -> str | None:
+    async def listen(self) -> str:
         """Open the rendezvous of a prefill engine; returns its address."""
-        if self._listen:
-            self._server = await asyncio.start_server(self._serve, self._host, 0)
-            self.address = f"{self._host}:{self._server.sockets[0].getsockname()[1]}"
+        self._server = await asyncio.start_server(self._serve, self._host, 0)
+        self.address = f"{self._host}:{self._server.sockets[0].getsockname()[1]}"
         return self.address
 
-    async def stop(self) -> None:
-        for future in self._offers.values():
-            future.cancel()
+    def close(self) -> None:
+        """Vanish: peers find nobody here any more. Safe to call twice."""
         if self._server is not None:
             self._server.close()
-            for writer in list(self._peers):
-                writer.close()
-            await self._server.wait_closed()
-
-    def key_of(self, request: GenerateRequest) -> str:
-        """The room that the dispatcher chose, or the request's own id."""
-        if request.leg is Role.PREFILL and request.handoff is not None:
-            return str(request.handoff.params["bootstrap_room"])
-        return request.request_id
+        for writer in self._peers:
+            writer.close()
 
     def offer(self, key: str, state: int, num_tokens: int) -> dict[str, Any]:
         """Make KV fetchable; returns what a `sequential` hand-off carries."""
@@ -80,21 +70,30 @@ class Fabric:
             raise EngineError(f"the KV of {key} cannot be fetched from {address}: {error!r}") from error
 
     async def landed(self, handoff: KVHandoff) -> None:
-        """Tell the prefill side to free; its own lease does so if it cannot be told."""
-        address, key = _where(handoff)
-        with contextlib.suppress(OSError, EOFError):
-            await _ask(address, {"landed": key})
+        """Tell the prefill side to free.
 
-    async def _fetch(self, key: str, early: bool) -> tuple[int, int]:
-        """The offer of that key; `early` waits for one that is yet to come."""
+        Raises:
+            EngineError: It is gone: it died while the bytes were on their way.
+        """
+        address, key = _where(handoff)
+        try:
+            await _ask(address, {"landed": key})
+        except (OSError, EOFError) as error:
+            raise EngineError(f"{address} was lost while {key} was fetched: {error!r}") from error
+
+    async def _fetch(self, key: str, early: bool, peer: asyncio.StreamReader) -> tuple[int, int]:
+        """The offer of that key; `early` waits for one that is yet to come, as long as the peer does."""
         if not early and key not in self._offers:
             raise ConnectionResetError(f"no KV is held for {key}")
-        future = self._future(key)
+        offer = self._future(key)
+        left = asyncio.ensure_future(peer.read(1))
         try:
-            return await asyncio.shield(future)
+            await asyncio.wait((offer, left), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not future.done():
-                self._offers.pop(key, None)
+            left.cancel()
+        if not offer.done():
+            self.withdraw(key)
+        return offer.result()
 
     def _future(self, key: str) -> asyncio.Future[tuple[int, int]]:
         if key not in self._offers:
@@ -110,7 +109,7 @@ class Fabric:
                 answer: tuple[int, int] = (0, 0)
             else:
                 early = "await" in message
-                answer = await self._fetch(message["await" if early else "pull"], early)
+                answer = await self._fetch(message["await" if early else "pull"], early, reader)
             _write(writer, answer)
             await writer.drain()
         except (OSError, EOFError, asyncio.CancelledError, msgspec.DecodeError):
@@ -118,6 +117,11 @@ class Fabric:
         finally:
             self._peers.discard(writer)
             writer.close()
+
+
+def key_of(request: GenerateRequest) -> str:
+    """Of a prefill leg: the room that the dispatcher chose, or the request's own id."""
+    return request.request_id if request.handoff is None else str(request.handoff.params["bootstrap_room"])
 
 
 def _where(handoff: KVHandoff) -> tuple[str, str]:

@@ -1,0 +1,37 @@
+"""An engine's start as something that its stop can end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from backends.engine import EngineInfo, EngineStartError
+
+
+class Startup:
+    """Runs an engine's start in a task of its own."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[EngineInfo] | None = None
+
+    async def run(self, start: Coroutine[Any, Any, EngineInfo]) -> EngineInfo:
+        """Return what `start` returns; cancelling this cancels it.
+
+        Raises:
+            EngineStartError: `end` was called meanwhile.
+        """
+        self._task = asyncio.create_task(start)
+        try:
+            return await self._task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise EngineStartError("it was stopped while it was starting") from None
+
+    async def end(self) -> None:
+        """Cancel the start if it still runs; when this returns, nothing of it does."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait([self._task])
