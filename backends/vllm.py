@@ -18,7 +18,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from backends import vllm_args, vllm_requests
+from backends import admission, vllm_args, vllm_requests
 from backends.engine import (
     EngineError,
     EngineInfo,
@@ -30,16 +30,15 @@ from backends.engine import (
     Role,
     TokenChunk,
 )
+from backends.startup import Startup
 from backends.vllm_cpu_fixes import installed_version
 from backends.vllm_processes import (
-    CORES_VARIABLE,
     FAILURE_FILE,
     DeathWatch,
     Launcher,
     consecutive_ports,
     free_consecutive_ports,
     interface_of,
-    launch_environment,
     launch_with_our_mains,
 )
 from backends.vllm_requests import PromptSources
@@ -51,8 +50,6 @@ TESTED_VERSION = "0.32.0"
 WIRE_FORMAT = "vllm-0.32"
 STOP_TIMEOUT_S = 3.0
 """After this an engine core is killed; its own teardown takes 2 s, and then it idles for 3 more."""
-OWNED_VARIABLES = ("VLLM_NIXL", "VLLM_HOST_IP", "VLLM_RPC", "VLLM_CPU_OMP", "OMP_NUM_THREADS")
-"""Environment variables that differ from engine to engine, whatever the process's environment says."""
 MAX_REMEMBERED_HANDOFFS = 65_536
 """Prefill legs whose vLLM id is kept for `release`; an older one's lease has long ended."""
 
@@ -70,44 +67,32 @@ class VLLMEngine:
         self._sources: dict[str, PromptSources] = {}
         self._running: set[str] = set()
         self._held: OrderedDict[str, str] = OrderedDict()
+        """Request id -> vLLM's own, of prefill legs that have finished."""
+        self._frees: set[asyncio.Task[Any]] = set()
+        self._startup = Startup()
         self._watch: DeathWatch | None = None
         self._launcher = Launcher(f"vllm-{spec.worker}")
         self._socket_folder = ""
 
     async def start(self) -> EngineInfo:
-        if self.spec.role is not Role.AGGREGATED and self.spec.node_rank != 0:
-            raise EngineStartError("nodes: a vLLM worker runs on one node")
-        on_cpu = _on_cpu()
-        args = vllm_args.engine_args(self.spec, on_cpu)
-        self._socket_folder = tempfile.mkdtemp(prefix="vllm-")
-        try:
-            values, defaults = self._environment(on_cpu)
-            self._llm = await self._launcher.run(
-                lambda: self._launch(args, values, defaults), lambda llm: llm.shutdown(STOP_TIMEOUT_S)
-            )
-        except BaseException as error:
-            cause = _cause(error, self._socket_folder)
-            await self.stop()
-            if isinstance(error, EngineStartError) or not isinstance(error, Exception):
-                raise
-            raise EngineStartError(f"vLLM did not start: {cause}") from error
-        self._watch = DeathWatch(self.processes())
-        self.info = self._describe()
-        return self.info
+        return await self._startup.run(self._start())
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
-        info = self._check_serving()
-        vllm_requests.check(request, info, self._vocab_size)
+        admission.check(request, self._check_serving(), self._vocab_size)
         if request.request_id in self._running:
             raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
         self._running.add(request.request_id)
+        handed_over = False
         try:
             async with aclosing(self._steps(request)) as chunks:
                 async for chunk in chunks:
+                    handed_over = chunk.handoff is not None
                     yield chunk
         finally:
             self._running.discard(request.request_id)
             self._sources.pop(request.request_id, None)
+            if not handed_over:
+                await self.release(request.request_id)
 
     async def abort(self, request_id: str) -> None:
         if request_id in self._running and self._llm is not None and not self._llm.errored:
@@ -115,8 +100,8 @@ class VLLMEngine:
 
     async def release(self, request_id: str) -> None:
         held = self._held.pop(request_id, None)
-        if held is not None and self._llm is not None and not self._llm.errored:
-            await self._llm.engine_core.call_utility_all_async("collective_rpc", "free_held_blocks", None, ([held],))
+        if held is not None:
+            self._free_soon(held)
 
     def load(self) -> tuple[RankLoad, ...]:
         total = self.info.kv_total_blocks if self.info is not None else 0
@@ -130,13 +115,36 @@ class VLLMEngine:
         return await asyncio.shield(self._watch.death)
 
     async def stop(self) -> None:
+        await self._startup.end()
+        await self._shut_down()
+
+    async def _start(self) -> EngineInfo:
+        on_cpu = _on_cpu()
+        args = vllm_args.engine_args(self.spec, on_cpu)
+        self._socket_folder = tempfile.mkdtemp(prefix="vllm-")
+        try:
+            must, defaults = self._environment(on_cpu)
+            self._llm = await self._launcher.run(
+                lambda: self._launch(args), lambda llm: llm.shutdown(STOP_TIMEOUT_S), must, defaults
+            )
+        except BaseException as error:
+            cause = _cause(error, self._socket_folder)
+            await self._shut_down()
+            if isinstance(error, EngineStartError) or not isinstance(error, Exception):
+                raise
+            raise EngineStartError(f"vLLM did not start: {cause}") from error
+        self._watch = DeathWatch(self.processes())
+        self.info = self._describe()
+        return self.info
+
+    async def _shut_down(self) -> None:
         if self._watch is not None:
             self._watch.close()
+        for free in self._frees:
+            free.cancel()
         llm, self._llm = self._llm, None
         if llm is not None:
-            if llm.output_handler is not None:  # Else it reports the end of its engine as an error.
-                llm.output_handler.cancel()
-                await asyncio.gather(llm.output_handler, return_exceptions=True)
+            await _end_requests(llm)
             await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S)
             llm.shutdown = _already_shut_down
             # vLLM closes its sockets in a later turn of this loop, and leaves their context to the interpreter.
@@ -155,53 +163,68 @@ class VLLMEngine:
             raise EngineStartError(f"ports: no {spec.attn_dp} consecutive ones among {spec.ports}")
         if port is None:
             port = free_consecutive_ports(spec.node_address, spec.attn_dp)
-        values = vllm_args.environment(spec, on_cpu, self._socket_folder, port, interface_of(spec.node_address))
-        owned = {name: values[name] for name in values if name.startswith(OWNED_VARIABLES)}
-        ranks = spec.attn_dp if spec.attn_tp * spec.pp == 1 else 0
-        shares = [vllm_args.cores_of_rank(spec.cores, ranks, rank) for rank in range(ranks)]
-        owned[CORES_VARIABLE] = ";".join(",".join(map(str, share)) for share in shares if share)
-        return owned, values
+        return vllm_args.environment(spec, on_cpu, self._socket_folder, port, interface_of(spec.node_address))
 
-    def _launch(self, args: dict[str, Any], values: dict[str, str], defaults: dict[str, str]) -> Any:
+    def _launch(self, args: dict[str, Any]) -> Any:
         """Runs in the launcher's thread; returns when every rank has loaded the model."""
-        with launch_environment(values, defaults):
-            try:
-                from vllm.engine.arg_utils import AsyncEngineArgs
-                from vllm.v1.engine.async_llm import AsyncLLM
-            except ImportError as error:
-                raise EngineStartError(
-                    f"the vLLM backend needs the package {error.name!r}; run `make setup`"
-                ) from error
-            if not (installed_version() or "").startswith(TESTED_VERSION):
-                log.warning("vLLM %s is installed; tested is %s", installed_version(), TESTED_VERSION)
-            vllm_args.check_known(self.spec.engine_args, {f.name for f in dataclasses.fields(AsyncEngineArgs)})
-            launch_with_our_mains()
-            if self._launcher.cancelled:
-                raise EngineStartError("the start was given up")
-            config = AsyncEngineArgs(**args).create_engine_config()
-            self._recorders = [RankRecorder(rank, self.counters) for rank in range(self.spec.attn_dp)]
-            llm = AsyncLLM.from_vllm_config(
-                config, stat_loggers=[lambda _, rank=0: self._recorders[rank]], disable_log_stats=True
-            )
-            # vLLM adds its Prometheus metrics, which nobody reads here and which cost more than our two totals.
-            llm.logger_manager.stat_loggers = llm.logger_manager.stat_loggers[:1]
-            self._note_prompt_sources(llm.output_processor)
-            return llm
+        try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise EngineStartError(f"the vLLM backend needs the package {error.name!r}; run `make setup`") from error
+        if not (installed_version() or "").startswith(TESTED_VERSION):
+            log.warning("vLLM %s is installed; tested is %s", installed_version(), TESTED_VERSION)
+        vllm_args.check_known(self.spec.engine_args, {f.name for f in dataclasses.fields(AsyncEngineArgs)})
+        launch_with_our_mains()
+        if self._launcher.cancelled:
+            raise EngineStartError("the start was given up")
+        config = AsyncEngineArgs(**args).create_engine_config()
+        self._recorders = [RankRecorder(rank, self.counters) for rank in range(self.spec.attn_dp)]
+        llm = AsyncLLM.from_vllm_config(
+            config, stat_loggers=[lambda _, rank=0: self._recorders[rank]], disable_log_stats=True
+        )
+        # vLLM adds its Prometheus metrics, which nobody reads here and which cost more than our two totals.
+        llm.logger_manager.stat_loggers = llm.logger_manager.stat_loggers[:1]
+        self._watch_outputs(llm.output_processor)
+        return llm
 
-    def _note_prompt_sources(self, output_processor: Any) -> None:
-        """vLLM adds up local and transferred cache hits before it answers; note them apart on their way in."""
+    def _watch_outputs(self, output_processor: Any) -> None:
+        """Note, as vLLM's outputs come in, what its answers do not tell.
+
+        It adds up local and transferred cache hits. It drops what a core says of a request that was aborted here: a
+        prefill leg that had finished there by then holds its blocks, and the abort does not free them.
+        """
         process = output_processor.process_outputs
 
         def process_outputs(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             for output in outputs:
-                stats, state = output.prefill_stats, output_processor.request_states.get(output.request_id)
-                if stats is not None and state is not None:
+                state = output_processor.request_states.get(output.request_id)
+                if state is None:
+                    if output.kv_transfer_params:
+                        self._free_soon(output.request_id)
+                    continue
+                if output.kv_transfer_params:
+                    self._hold(state.external_req_id, output.request_id)
+                if (stats := output.prefill_stats) is not None:
                     self._sources[state.external_req_id] = PromptSources(
                         stats.num_local_cached_tokens, stats.num_external_cached_tokens
                     )
             return process(outputs, *args, **kwargs)
 
         output_processor.process_outputs = process_outputs
+
+    def _hold(self, request_id: str, vllm_id: str) -> None:
+        self._held[request_id] = vllm_id
+        if len(self._held) > MAX_REMEMBERED_HANDOFFS:
+            self._held.popitem(last=False)
+
+    def _free_soon(self, vllm_id: str) -> None:
+        """Free a finished prefill leg's blocks. Nobody waits for it: an engine that dies meanwhile never answers."""
+        if self._llm is not None and not self._llm.errored:
+            call = self._llm.engine_core.call_utility_all_async
+            free = asyncio.create_task(call("collective_rpc", "free_held_blocks", None, ([vllm_id],)))
+            self._frees.add(free)
+            free.add_done_callback(self._frees.discard)
 
     def processes(self) -> list[Any]:
         """vLLM's: an engine core a rank, and the coordinator."""
@@ -251,7 +274,7 @@ class VLLMEngine:
 
     async def _steps(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
         """vLLM's outputs as chunks, its errors as ours."""
-        from vllm.exceptions import VLLMClientError
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -269,26 +292,28 @@ class VLLMEngine:
                 async for output in outputs:
                     sources = self._sources.pop(request.request_id, None)
                     if request.leg is Role.PREFILL:
-                        yield self._hand_over(request, output, sources)
+                        yield vllm_requests.prefill_chunk(request, output, sources)
                         return
                     yield vllm_requests.chunk(request, output.outputs[0], sources)
         except VLLMClientError as error:
             field = getattr(error, "parameter", None)
             raise EngineError(f"vLLM refused the request: {error}", retryable=False, field=field) from error
+        except GracefulHTTPError as error:
+            raise EngineError(f"vLLM takes no more requests: {error}") from error
         except EngineDeadError as error:
-            raise EngineError("the vLLM engine died") from error
+            raise EngineError(f"the vLLM engine {'was stopped' if self._llm is None else 'died'}") from error
         except EngineGenerateError as error:
             raise EngineError(f"vLLM lost the request: {error.__cause__ or error!r}") from error
 
-    def _hand_over(self, request: GenerateRequest, output: Any, sources: PromptSources | None) -> TokenChunk:
-        if output.outputs[0].finish_reason == "abort":
-            return TokenChunk(request.request_id, [], "abort")
-        chunk = vllm_requests.prefill_chunk(request, output, sources)
-        assert chunk.handoff is not None
-        self._held[request.request_id] = chunk.handoff.params["remote_request_id"]
-        if len(self._held) > MAX_REMEMBERED_HANDOFFS:
-            self._held.popitem(last=False)
-        return chunk
+
+async def _end_requests(llm: Any) -> None:
+    """Fail every request that vLLM still has, and end what would report the end of its engine as an error."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if llm.output_handler is not None:
+        llm.output_handler.cancel()
+        await asyncio.gather(llm.output_handler, return_exceptions=True)
+        llm.output_processor.propagate_error(EngineDeadError())
 
 
 def _already_shut_down(timeout: float | None = None) -> None:

@@ -14,6 +14,9 @@ per rank, about 0.6 GiB, because it cannot bind OpenMP threads in the first; we 
 
 WORKER_EXTENSION = "backends.vllm_worker.HeldBlocks"
 
+CORES_VARIABLE = "DYNAMO_RAY_ENGINE_CORES"
+"""The cores of every rank of the engine: `0,1;2,3` for two ranks of two."""
+
 OWNED: dict[str, str] = {
     "model": "model.path",
     "tokenizer": "model.path",
@@ -25,7 +28,7 @@ OWNED: dict[str, str] = {
     "data_parallel_rank": "nothing: ranks are numbered by placement",
     "data_parallel_start_rank": "nothing: ranks are numbered by placement",
     "data_parallel_address": "nothing: it is the leader node's address",
-    "data_parallel_rpc_port": "nothing: ports are reserved per worker",
+    "data_parallel_rpc_port": "nothing: vLLM takes a free one",
     "data_parallel_backend": "nothing: Ray places nodes, vLLM starts its ranks there",
     "data_parallel_external_lb": "nothing: the ingress picks the rank of every request",
     "data_parallel_hybrid_lb": "nothing: the ingress picks the rank of every request",
@@ -34,7 +37,7 @@ OWNED: dict[str, str] = {
     "nnodes": "nodes",
     "node_rank": "nothing: nodes are numbered by placement",
     "master_addr": "nothing: it is the leader node's address",
-    "master_port": "nothing: ports are reserved per worker",
+    "master_port": "nothing: vLLM takes a free one",
     "distributed_executor_backend": "nothing: it follows from parallelism",
     "worker_extension_cls": "nothing: it frees handed-off KV blocks",
     "kv_transfer_config": "transfer, and prefill and decode in place of aggregated",
@@ -104,33 +107,37 @@ def check_known(args: Mapping[str, Any], known: Collection[str]) -> None:
 
 def environment(
     spec: LaunchSpec, on_cpu: bool, socket_folder: str, side_channel_port: int, interface: str | None
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[str, str]]:
     """The environment of the engine's processes, for this engine alone.
 
     Args:
         socket_folder: where vLLM puts the Unix sockets between its processes; it never removes them.
         side_channel_port: rank r of a prefill or decode engine listens for NIXL handshakes on this plus r.
         interface: the network interface of `spec.node_address`, where it is known.
+
+    Returns:
+        What must be so because it differs from engine to engine, and what is so unless the process's environment says
+        otherwise.
     """
-    values = {
+    must = {"VLLM_HOST_IP": spec.node_address, "VLLM_RPC_BASE_PATH": socket_folder}
+    defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_HOST_IP": spec.node_address,
-        "VLLM_RPC_BASE_PATH": socket_folder,
         # Prefill and decode then publish the same hash for the same block.
         "PYTHONHASHSEED": "0",
     }
     if spec.role is not Role.AGGREGATED:
-        values |= {
+        must |= {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.node_address,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port),
-            # vLLM sets this too, but not where NIXL was imported before.
-            "UCX_RCACHE_MAX_UNRELEASED": "1024",
         }
+        # vLLM sets this too, but not where NIXL was imported before.
+        defaults["UCX_RCACHE_MAX_UNRELEASED"] = "1024"
     if on_cpu:
-        values |= _cpu_environment(spec, interface)
-    return values
+        must |= _cpu_cores(spec)
+        defaults |= _cpu_defaults(spec, interface)
+    return must, defaults
 
 
 def cores_of_rank(cores: tuple[int, ...], num_ranks: int, rank: int) -> tuple[int, ...]:
@@ -176,15 +183,21 @@ def _events() -> dict[str, Any]:
     }
 
 
-def _cpu_environment(spec: LaunchSpec, interface: str | None) -> dict[str, str]:
+def _cpu_cores(spec: LaunchSpec) -> dict[str, str]:
     ranks = spec.attn_tp * spec.attn_dp * spec.pp
     shares = [",".join(map(str, cores_of_rank(spec.cores, ranks, rank))) for rank in range(ranks)]
-    values = {
-        "VLLM_TARGET_DEVICE": "cpu",
-        # For the executor of several ranks, which starts a process each; the other one we bind ourselves.
+    return {
+        # For a rank inside its engine core, which we bind; the other is for the executor that starts a process a rank.
+        CORES_VARIABLE: ";".join(shares) if spec.cores and spec.attn_tp * spec.pp == 1 else "",
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(shares) if spec.cores else "nobind",
         # GNU OpenMP spins while it waits: more threads than cores of its own make a step several times slower.
         "OMP_NUM_THREADS": str(max(1, len(spec.cores) // ranks)),
+    }
+
+
+def _cpu_defaults(spec: LaunchSpec, interface: str | None) -> dict[str, str]:
+    defaults = {
+        "VLLM_TARGET_DEVICE": "cpu",
         "UCX_TLS": "tcp,sm,self",
         # A keepalive of UCX (in nixl 1.5.1) can leave a TCP endpoint armed for writing for ever: NIXL's progress thread
         # then takes a whole core. That a worker is dead or hangs, the ingress notices.
@@ -194,7 +207,7 @@ def _cpu_environment(spec: LaunchSpec, interface: str | None) -> dict[str, str]:
     }
     if spec.engine_args.get("enforce_eager", CPU_DEFAULTS["enforce_eager"]):
         # vLLM compiles its logprobs even then: 20 s in the first request that asks for them, and a C++ compiler.
-        values["TORCH_COMPILE_DISABLE"] = "1"
+        defaults["TORCH_COMPILE_DISABLE"] = "1"
     if interface is not None:
-        values |= {"UCX_NET_DEVICES": interface, "GLOO_SOCKET_IFNAME": interface}
-    return values
+        defaults |= {"UCX_NET_DEVICES": interface, "GLOO_SOCKET_IFNAME": interface}
+    return defaults

@@ -19,18 +19,14 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 
-T = TypeVar("T")
+from backends.vllm_args import CORES_VARIABLE
 
-CORES_VARIABLE = "DYNAMO_RAY_ENGINE_CORES"
-"""The cores of every rank of the engine: `0,1;2,3` for two ranks of two."""
+T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1
 
 _launching = threading.Lock()
 """Engines of one process start one after another: their environments differ, and a process has only one."""
-
-_older_children: list[multiprocessing.process.BaseProcess] = []
-"""Our child processes from before the launch that holds the lock, or held it last."""
 
 FAILURE_FILE = "failure"
 LAST_WORDS_S = 1.0
@@ -106,23 +102,14 @@ def preparation_without_main(prepare: Callable[[str], dict[str, Any]], name: str
     return {key: data[key] for key in data if key not in ("init_main_from_name", "init_main_from_path")}
 
 
-def kill_children_of_this_launch() -> None:
-    """Kill what a launch that failed or was given up has started; engines that started before stay."""
-    for child in multiprocessing.active_children():
-        if child not in _older_children:
-            child.kill()
-            child.join()
-
-
 @contextmanager
-def launch_environment(values: Mapping[str, str], defaults: Mapping[str, str]) -> Iterator[None]:
-    """Hold the process's environment at `values`, and at `defaults` where it says nothing, while an engine starts."""
+def launch_environment(must: Mapping[str, str], defaults: Mapping[str, str]) -> Iterator[None]:
+    """Hold the process's environment at `must`, and at `defaults` where it says nothing, while an engine starts."""
     with _launching:
         before, prepare = dict(os.environ), spawn.get_preparation_data
-        _older_children[:] = multiprocessing.active_children()
         spawn.get_preparation_data = partial(preparation_without_main, prepare)
         os.environ.update({name: value for name, value in defaults.items() if name not in before})
-        os.environ.update(values)
+        os.environ.update(must)
         try:
             yield
         finally:
@@ -139,23 +126,29 @@ class Launcher:
 
     def __init__(self, name: str) -> None:
         self.cancelled = False
+        self._older_children: list[multiprocessing.process.BaseProcess] | None = None
+        """Our child processes from before this launch, while it runs."""
         self._started = False
         self._finish = threading.Event()
         self._last_words: Callable[[], None] = lambda: None
         self._ended = asyncio.Event()
         self._name = name
 
-    async def run(self, start: Callable[[], T], undo: Callable[[T], None]) -> T:
-        """Call `start` in the thread and return what it returns; its exceptions are raised here.
+    async def run(
+        self, start: Callable[[], T], undo: Callable[[T], None], must: Mapping[str, str], defaults: Mapping[str, str]
+    ) -> T:
+        """Call `start` in the thread, in that environment, and return what it returns; its exceptions are raised here.
 
-        If this is cancelled, what `start` had started is killed or, where it was complete, undone.
+        What a start that fails has started is killed. If this is cancelled, so is what `start` had started or, where
+        it was complete, undone.
         """
         loop = asyncio.get_running_loop()
         result: asyncio.Future[T] = loop.create_future()
 
         def main() -> None:
             try:
-                value = start()
+                with launch_environment(must, defaults), self._killing_children_on_failure():
+                    value = start()
             except BaseException as error:  # noqa: BLE001 - it is raised where start was asked for
                 loop.call_soon_threadsafe(result.set_exception, error)
                 loop.call_soon_threadsafe(self._ended.set)
@@ -173,14 +166,32 @@ class Launcher:
         except asyncio.CancelledError:
             self.cancelled = True
             while not result.done():
-                kill_children_of_this_launch()
+                self._kill_children()
                 await asyncio.sleep(0.05)
             if result.exception() is None:
                 await asyncio.to_thread(undo, result.result())
             raise
-        except Exception:
-            kill_children_of_this_launch()
+
+    @contextmanager
+    def _killing_children_on_failure(self) -> Iterator[None]:
+        self._older_children = multiprocessing.active_children()
+        try:
+            yield
+        except BaseException:
+            self._kill_children()
             raise
+        finally:
+            self._older_children = None
+
+    def _kill_children(self) -> None:
+        """Kill what this launch has started; nothing while it waits for another, whose children those would be."""
+        older = self._older_children
+        if older is None:
+            return
+        for child in multiprocessing.active_children():
+            if child not in older:
+                child.kill()
+                child.join()
 
     async def finish(self, last_words: Callable[[], None] = lambda: None) -> None:
         """End the thread, after `last_words` in it; returns without it when they take longer than a second."""

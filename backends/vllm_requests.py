@@ -8,7 +8,6 @@ from typing import Any
 
 from backends.engine import (
     EngineError,
-    EngineInfo,
     FinishReason,
     GenerateRequest,
     KVHandoff,
@@ -29,31 +28,6 @@ class PromptSources:
 
     cached_tokens: int
     transferred_tokens: int
-
-
-def check(request: GenerateRequest, info: EngineInfo, vocab_size: int) -> None:
-    """Refuse what this engine could never run.
-
-    Raises:
-        EngineError: Not retryable; names the field.
-    """
-    prompt, sampling = request.token_ids, request.sampling
-    if not prompt:
-        raise _refusal("the prompt is empty", "prompt")
-    if len(prompt) >= info.max_model_len:
-        raise _refusal(f"the prompt has {len(prompt)} tokens; at most {info.max_model_len - 1} fit", "prompt")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise _refusal(f"the prompt has token ids outside 0..{vocab_size - 1}", "prompt")
-    if request.dp_rank is not None and not 0 <= request.dp_rank < info.attn_dp_size:
-        raise _refusal(f"dp_rank {request.dp_rank} is not in 0..{info.attn_dp_size - 1}", "dp_rank")
-    if request.leg not in (Role.AGGREGATED, info.role):
-        raise _refusal(f"a {info.role} engine takes no {request.leg} leg", "leg")
-    if (request.leg is Role.DECODE) != (request.handoff is not None):
-        raise _refusal("a decode leg needs a handoff, and only it", "handoff")
-    if sampling.logprobs is not None and sampling.logprobs > info.max_logprobs:
-        raise _refusal(f"{sampling.logprobs} logprobs are asked for; at most {info.max_logprobs}", "logprobs")
-    if sampling.max_tokens < 1:
-        raise _refusal(f"max_tokens is {sampling.max_tokens}; at least 1", "max_tokens")
 
 
 def sampling_arguments(request: GenerateRequest) -> dict[str, Any]:
@@ -97,6 +71,8 @@ def prefill_chunk(request: GenerateRequest, output: Any, sources: PromptSources 
     Raises:
         EngineError: vLLM finished without saying where the blocks are.
     """
+    if output.outputs[0].finish_reason == "abort":
+        return TokenChunk(request.request_id, [], "abort")
     params = output.kv_transfer_params
     if not params:
         raise EngineError(f"prefill of {request.request_id} ended without a hand-off")
@@ -143,7 +119,3 @@ def token_logprobs(
         chosen = alternatives[token_id].logprob
         result.append(TokenLogprob(token_id, chosen, [(other, logprob) for _, other, logprob in top]))
     return result
-
-
-def _refusal(message: str, field: str) -> EngineError:
-    return EngineError(message, retryable=False, field=field)

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from backends.engine import EngineStartError, LaunchSpec, Role
-from backends.vllm_args import OWNED, UNIPROC_EXECUTOR, check_known, cores_of_rank, engine_args, environment
+from backends.vllm_args import (
+    CORES_VARIABLE,
+    OWNED,
+    UNIPROC_EXECUTOR,
+    check_known,
+    cores_of_rank,
+    engine_args,
+    environment,
+)
 
 SPEC = LaunchSpec("decode-0", Role.DECODE, "name", "/models/name")
 
@@ -16,7 +24,9 @@ def args_of(spec: LaunchSpec = SPEC, on_cpu: bool = True, **fields: Any) -> dict
 
 
 def environment_of(**fields: Any) -> dict[str, str]:
-    return environment(replace(SPEC, **fields), True, "/tmp/sockets", 5600, "lo")
+    must, defaults = environment(replace(SPEC, **fields), True, "/tmp/sockets", 5600, "lo")
+    assert must.keys().isdisjoint(defaults)
+    return must | defaults
 
 
 def test_the_widths_become_vllms_names() -> None:
@@ -82,12 +92,21 @@ def test_every_socket_is_bound_to_the_nodes_address() -> None:
     assert "VLLM_NIXL_SIDE_CHANNEL_PORT" not in environment_of(role=Role.AGGREGATED)
 
 
+def test_what_tells_one_engine_from_another_is_not_left_to_the_processs_environment() -> None:
+    must, defaults = environment(replace(SPEC, cores=(3,)), True, "/tmp/sockets", 5600, "lo")
+    assert {"VLLM_HOST_IP", "VLLM_RPC_BASE_PATH", "VLLM_NIXL_SIDE_CHANNEL_PORT", "OMP_NUM_THREADS"} <= must.keys()
+    assert {"UCX_TLS", "UCX_NET_DEVICES", "HF_HUB_OFFLINE"} <= defaults.keys()
+
+
 def test_cores_are_shared_out_in_rank_order() -> None:
     assert [cores_of_rank((4, 5, 6, 7), 2, rank) for rank in (0, 1)] == [(4, 5), (6, 7)]
     values = environment_of(attn_dp=2, cores=(4, 5, 6, 7))
     assert (values["OMP_NUM_THREADS"], values["VLLM_CPU_OMP_THREADS_BIND"]) == ("2", "4,5|6,7")
+    assert values[CORES_VARIABLE] == "4,5;6,7"
+    assert environment_of(attn_tp=2, cores=(4, 5))[CORES_VARIABLE] == "", "vLLM's own executor binds its processes"
 
 
 def test_without_cores_nothing_is_pinned_and_a_rank_has_one_thread() -> None:
     values = environment_of()
     assert (values["OMP_NUM_THREADS"], values["VLLM_CPU_OMP_THREADS_BIND"]) == ("1", "nobind")
+    assert values[CORES_VARIABLE] == ""

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from backends.engine import EngineError, EngineInfo, GenerateRequest, KVHandoff, Role, Sampling, TokenLogprob
-from backends.vllm_requests import PromptSources, check, chunk, prefill_chunk, sampling_arguments, token_logprobs
+from backends.engine import EngineError, GenerateRequest, KVHandoff, Role, Sampling, TokenChunk, TokenLogprob
+from backends.vllm_requests import PromptSources, chunk, prefill_chunk, sampling_arguments, token_logprobs
 
-INFO = EngineInfo("vllm", "0.32.0", "name", Role.DECODE, 2, 32, 128, 100, "sequential", max_logprobs=20)
 HANDOFF = KVHandoff({"remote_request_id": "x"})
 
 
@@ -28,32 +27,6 @@ class Entry:
 def request(leg: Role = Role.AGGREGATED, token_ids: list[int] | None = None, **fields: Any) -> GenerateRequest:
     sampling = fields.pop("sampling", Sampling(max_tokens=5))
     return GenerateRequest("r", [1, 2, 3] if token_ids is None else token_ids, sampling, leg, **fields)
-
-
-@pytest.mark.parametrize(
-    ("field", "made"),
-    [
-        ("prompt", request(token_ids=[])),
-        ("prompt", request(token_ids=[1] * 128)),
-        ("prompt", request(token_ids=[1, 1000])),
-        ("prompt", request(token_ids=[-1])),
-        ("dp_rank", request(dp_rank=2)),
-        ("leg", request(Role.PREFILL)),
-        ("handoff", request(Role.DECODE)),
-        ("handoff", request(handoff=HANDOFF)),
-        ("logprobs", request(sampling=Sampling(max_tokens=1, logprobs=21))),
-        ("max_tokens", request(sampling=Sampling(max_tokens=0))),
-    ],
-)
-def test_what_can_never_run_is_refused_with_its_field(field: str, made: GenerateRequest) -> None:
-    with pytest.raises(EngineError) as refusal:
-        check(made, INFO, vocab_size=1000)
-    assert (refusal.value.retryable, refusal.value.field) == (False, field)
-
-
-def test_what_can_run_is_not_refused() -> None:
-    check(request(token_ids=[999] * 127, dp_rank=1), INFO, vocab_size=1000)
-    check(request(Role.DECODE, handoff=HANDOFF), INFO, vocab_size=1000)
 
 
 def test_a_prefill_leg_asks_for_one_token_and_a_handoff_whatever_was_asked_for() -> None:
@@ -85,16 +58,26 @@ def test_kv_that_did_not_arrive_is_an_error_to_retry() -> None:
     assert lost.value.retryable
 
 
-def test_a_prefill_leg_without_a_handoff_is_an_error() -> None:
-    @dataclass
-    class Output:
-        kv_transfer_params: dict[str, Any] | None
+@dataclass
+class Output:
+    kv_transfer_params: dict[str, Any] | None
+    outputs: list[Completion]
 
-    with pytest.raises(EngineError, match="without a hand-off"):
-        prefill_chunk(request(Role.PREFILL), Output(None), None)
-    made = prefill_chunk(request(Role.PREFILL), Output({"a": 1}), PromptSources(32, 0))
+
+def prefilled(params: dict[str, Any] | None, reason: str = "length") -> TokenChunk:
+    return prefill_chunk(request(Role.PREFILL), Output(params, [Completion([7], reason)]), PromptSources(32, 0))
+
+
+def test_a_prefill_leg_ends_with_its_handoff() -> None:
+    made = prefilled({"a": 1})
     assert (made.token_ids, made.finish_reason, made.cached_tokens) == ([], "length", 32)
     assert made.handoff == KVHandoff({"a": 1})
+
+
+def test_a_prefill_leg_without_a_handoff_is_an_error_unless_it_was_aborted() -> None:
+    with pytest.raises(EngineError, match="without a hand-off"):
+        prefilled(None)
+    assert prefilled(None, "abort") == TokenChunk("r", [], "abort")
 
 
 def test_the_chosen_token_is_among_the_alternatives_only_by_its_rank() -> None:
