@@ -2,11 +2,13 @@
 
     python tests/bench/bench_ingress.py [--streams 64] [--tokens 200] [--step-ms 20] [--check]
 
-Both applications are the same HTTP front in the same Serve (HAProxy mode, one ingress replica) over the same
+The applications are the same HTTP front in the same Serve (HAProxy mode, one ingress replica) over the same
 simulated engine in one worker process, paced to one token a step. They differ in how tokens come from the worker to
-the ingress: `tcp` is the product's data plane; `handle` is a streaming `DeploymentHandle`, over gRPC (Serve's
-choice in throughput-optimised mode) and over Ray's object transport (Serve's default). CPU is user + system time of the
-named processes, over the load's duration, per token. With --check, exit 1 unless the targets below are met.
+the ingress: `tcp` is the product's data plane; `handle-ray` a streaming `DeploymentHandle` over Ray's object transport,
+which a plain `handle.remote()` uses in a Serve without any of our settings; `handle-grpc` the same over gRPC, Serve's
+choice under RAY_SERVE_THROUGHPUT_OPTIMIZED=1. CPU is user + system time of the named processes, over the load's
+duration, per token. Events per token are below 1 where tokens that have piled up leave in one event, as only `tcp` can.
+With --check, exit 1 unless the ingress costs at most 60 CPU-us a token over `tcp`, and 20 times that over `handle-ray`.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ from dynamo_ray.telemetry import Telemetry
 
 MAX_INGRESS_US_PER_TOKEN = 60.0
 MIN_RATIO = 20.0
+JUDGED = "handle-ray"
+"""What the product is measured against: a handle as Serve's own defaults make it."""
 MODEL = "byte-tokenizer"
 HERE = Path(__file__).parent
 
@@ -130,8 +134,13 @@ class Cost:
     worker: float
     proxy: float
     tokens: int
+    events: int
     ttft_p50_ms: float
     itl_p50_ms: float
+
+    @property
+    def events_per_token(self) -> float:
+        return self.events / self.tokens
 
 
 def processes(app: str) -> dict[str, list[psutil.Process]]:
@@ -180,7 +189,7 @@ def measure(app: str, application: serve.Application, port: int, streams: int, t
         before = {name: cpu_s(group) for name, group in parts.items()}
         figures = run_load(url, streams, tokens)
         spent = {name: 1e6 * (cpu_s(group) - before[name]) / figures["tokens"] for name, group in parts.items()}
-        costs.append(Cost(**spent, **{key: figures[key] for key in ("tokens", "ttft_p50_ms", "itl_p50_ms")}))
+        costs.append(Cost(**spent, **{key: figures[key] for key in ("tokens", "events", "ttft_p50_ms", "itl_p50_ms")}))
     serve.delete(app)
     return costs
 
@@ -235,23 +244,28 @@ def main() -> None:
 
 def report(results: dict[str, list[Cost]], check: bool) -> None:
     print("CPU-us per token: median of the repeats, [range] of the ingress")
-    print(f"{'path':<12} {'ingress':>9} {'worker':>9} {'haproxy':>9}")
+    print(f"{'path':<12} {'ingress':>9} {'worker':>9} {'haproxy':>9} {'events/token':>13}")
     for app, costs in results.items():
         ingress = [cost.ingress for cost in costs]
         print(
             f"{app:<12} {median(costs, 'ingress'):>9.1f} {median(costs, 'worker'):>9.1f} {median(costs, 'proxy'):>9.1f}"
+            f" {median(costs, 'events_per_token'):>13.2f}"
             f"   [{min(ingress):.1f}..{max(ingress):.1f}]  ttft p50 {median(costs, 'ttft_p50_ms'):.0f} ms,"
             f" itl p50 {median(costs, 'itl_p50_ms'):.1f} ms"
         )
-    ours = median(results["tcp"], "ingress")
-    for app in ("handle-grpc", "handle-ray"):
-        theirs = results[app]
-        ingress_ratio = median(theirs, "ingress") / ours
-        both = (median(theirs, "ingress") + median(theirs, "worker")) / (ours + median(results["tcp"], "worker"))
-        print(f"{app} / tcp: {ingress_ratio:.1f}x in the ingress, {both:.1f}x in ingress + worker")
-    best = median(results["handle-ray"], "ingress") / ours
-    if check and (ours > MAX_INGRESS_US_PER_TOKEN or best < MIN_RATIO):
-        raise SystemExit(f"missed: at most {MAX_INGRESS_US_PER_TOKEN} us, at least {MIN_RATIO}x")
+    ours = results["tcp"]
+    for app in ("handle-ray", "handle-grpc"):
+        both = (median(results[app], "ingress") + median(results[app], "worker")) / (
+            median(ours, "ingress") + median(ours, "worker")
+        )
+        judged = f" (judged: at least {MIN_RATIO:.0f}x in the ingress)" if app == JUDGED else ""
+        print(f"{app} / tcp: {ratio(results, app):.1f}x in the ingress, {both:.1f}x in ingress + worker{judged}")
+    if check and (median(ours, "ingress") > MAX_INGRESS_US_PER_TOKEN or ratio(results, JUDGED) < MIN_RATIO):
+        raise SystemExit(f"missed: at most {MAX_INGRESS_US_PER_TOKEN} us, at least {MIN_RATIO}x against {JUDGED}")
+
+
+def ratio(results: dict[str, list[Cost]], app: str) -> float:
+    return median(results[app], "ingress") / median(results["tcp"], "ingress")
 
 
 if __name__ == "__main__":
