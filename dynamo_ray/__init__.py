@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynamo_ray.cli.up import up as up
+    from dynamo_ray.cluster.layout import plan as plan
     from dynamo_ray.config import DeploymentConfig as DeploymentConfig
-    from placement.plan import plan as plan
 
 __version__ = "0.1.0"
 __all__ = ["DeploymentConfig", "__version__", "plan", "up"]
 
-_HOMES = {"DeploymentConfig": "dynamo_ray.config", "plan": "placement.plan", "up": "dynamo_ray.cli.up"}
+_HOMES = {"DeploymentConfig": "dynamo_ray.config", "plan": "dynamo_ray.cluster.layout", "up": "dynamo_ray.cli.up"}
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,8 @@ class ParallelismConfig(_Frozen):
     moe_tp: PositiveInt | None = None
     """Left out: attn_tp * attn_dp / moe_ep."""
     pp: PositiveInt = 1
+    redundant_experts: Annotated[int, Field(ge=0)] = 0
+    """Copies of busy experts, in all; (the model's experts + these) must divide by moe_ep."""
 
     @model_validator(mode="after")
     def _check_widths(self) -> ParallelismConfig:
@@ -69,6 +71,8 @@ class RoleConfig(_Frozen):
     replicas: PositiveInt = 1
     nodes: PositiveInt = 1
     """Nodes that one worker spans."""
+    one_nvlink_domain: bool = False
+    """Keep a worker's nodes inside one NVLink domain (Ray label ray.io/gpu-domain)."""
     parallelism: ParallelismConfig = ParallelismConfig()
     resources: ResourcesConfig = ResourcesConfig()
     env: dict[str, str] = {}
@@ -84,6 +88,13 @@ class RoleConfig(_Frozen):
                 "every node runs the same number of ranks"
             )
         return self
+
+
+class PlacementConfig(_Frozen):
+    leaf_label: str | None = Field(default=None, min_length=1)
+    """The Ray label that says which leaf switch or rack a node is in; workers are kept in as few as possible."""
+    spares: Annotated[int, Field(ge=0)] = 0
+    """Whole nodes that `dynamo-ray plan` leaves free and names, to replace lost ones."""
 
 
 class TransferConfig(_Frozen):
@@ -123,6 +134,7 @@ class DeploymentConfig(_Frozen):
     prefill: RoleConfig | None = None
     decode: RoleConfig | None = None
     aggregated: RoleConfig | None = None
+    placement: PlacementConfig = PlacementConfig()
     transfer: TransferConfig = TransferConfig()
     router: RouterConfig = RouterConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -143,6 +155,13 @@ class DeploymentConfig(_Frozen):
                 if missing
                 else "no workers: give `aggregated`, or `prefill` and `decode`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> DeploymentConfig:
+        asked = [role.value for role, config in self.roles.items() if config.parallelism.redundant_experts]
+        if self.backend == "vllm" and asked:
+            raise ValueError(f"{asked[0]}.parallelism.redundant_experts: not with vllm here; leave it out")
         return self
 
     @property

@@ -152,7 +152,7 @@ def plan(
     try:
         chosen = allocate(topology.nodes, [_job(group, worker) for worker, group in by_worker.items()], request or R1)
     except NoPlace as error:
-        raise _misfit(by_worker[error.job.worker], error) from error
+        raise _misfit(by_worker[error.job.worker], error, topology) from error
     nodes = {node.node_id: node for node in topology.nodes}
     placed = {}
     for worker, group in by_worker.items():
@@ -183,7 +183,7 @@ def place(
     job = _job(group, worker)
     chosen = allocation.near(job)
     if chosen is None:
-        raise _misfit(group, NoPlace(job, topology.nodes))
+        raise _misfit(group, NoPlace(job, topology.nodes), topology)
     return _placement(group, worker, [nodes[node_id] for node_id in chosen])
 
 
@@ -216,7 +216,7 @@ def _spares(
     return tuple(node.node_id for node in whole[:count])
 
 
-def _misfit(group: WorkerGroup, error: NoPlace) -> PlacementError:
+def _misfit(group: WorkerGroup, error: NoPlace, before: Topology) -> PlacementError:
     job = error.job
     fitting = [node for node in error.nodes if job.takes(node)]
     right_kind = [n for n in error.nodes if group.accelerator in (NO_ACCELERATOR, n.accelerator) and not n.drained]
@@ -225,22 +225,23 @@ def _misfit(group: WorkerGroup, error: NoPlace) -> PlacementError:
     if group.one_domain:
         needs += " in one NVLink domain"
         found = max(Counter(node.domain or node.node_id for node in fitting).values(), default=0)
-    change = _smallest_change(group, right_kind, group.nodes - found)
+    change = _smallest_change(group, before, group.nodes - found)
     return PlacementError(group.name, job.worker, needs, group.nodes, found, _largest(right_kind, group), change)
 
 
-def _smallest_change(group: WorkerGroup, right_kind: Sequence[Node], lacking: int) -> str:
-    """What would make room: other uses of as few GPUs as possible, or more nodes."""
+def _smallest_change(group: WorkerGroup, before: Topology, lacking: int) -> str:
+    """What would make room: as few GPUs of others as possible, or more nodes."""
     add = f"add {lacking} node{'s' if lacking > 1 else ''}"
     needs = group.needs
-    could = [n for n in right_kind if not needs.fits_in(n.free) and needs.fits_in(n.total)]
-    if not needs.gpus or group.one_domain or len(could) < lacking:
+    held = [
+        (needs.gpus - node.free.gpus, node.address)
+        for node in before.nodes
+        if node.accelerator == group.accelerator and node.free.gpus < needs.gpus <= node.total.gpus and not node.drained
+    ]
+    if group.one_domain or len(held) < lacking:
         return add
-    could.sort(key=lambda node: (needs.gpus - node.free.gpus, node.address))
-    freed = [(needs.gpus - node.free.gpus, node.address) for node in could[:lacking] if node.free.gpus < needs.gpus]
-    if not freed:
-        return add
-    return f"free {', '.join(f'{gpus} GPUs on {address}' for gpus, address in freed)}, or {add}"
+    fewest = ", ".join(f"{gpus} GPUs on {address}" for gpus, address in sorted(held)[:lacking])
+    return f"free {fewest}, or {add}"
 
 
 def _largest(right_kind: list[Node], group: WorkerGroup) -> str:

@@ -53,8 +53,8 @@ class Reservation:
     """By bundle index, as Ray reports it."""
 
 
-def observe(busy_cores: Mapping[str, tuple[int, ...]] | None = None) -> Topology:
-    """The cluster now. Blocks for some milliseconds.
+def observe(busy_cores: Mapping[str, tuple[int, ...]] | None = None, leaf_label: str | None = None) -> Topology:
+    """The cluster now. Blocks for some milliseconds; raises TopologyError where nodes lack the label for leaves.
 
     What is free is the smaller of what Ray reports, which lags behind, and of what placement groups leave.
     """
@@ -66,7 +66,7 @@ def observe(busy_cores: Mapping[str, tuple[int, ...]] | None = None) -> Topology
         node_id = node["NodeID"]
         left = Resources.from_ray(node["Resources"]) - reserved.get(node_id, Resources())
         free[node_id] = left.at_most(Resources.from_ray(available.get(node_id, node["Resources"])))
-    return Topology.from_ray(nodes, free, busy_cores)
+    return Topology.from_ray(nodes, free, busy_cores, leaf_label)
 
 
 async def reserve(name: str, placement: WorkerPlacement, timeout_s: float = 10.0) -> Reservation:

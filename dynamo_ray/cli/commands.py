@@ -54,6 +54,29 @@ def validate(file: File) -> None:
 
 
 @app.command()
+def plan(
+    file: File,
+    topology: Annotated[str | None, typer.Option(help="13x8xH100, 16x8xH200/4, 18x4xGB200@nvl72, or a file.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray, instead of --topology.")] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(help="The model's config.json, if it is not in its folder.")
+    ] = None,
+    mem_fraction: Annotated[float, typer.Option(help="Of each GPU's memory.", min=0.01, max=1.0)] = 0.85,
+    kv_dtype: Annotated[str, typer.Option(help="bf16, fp8 or fp8_ds_mla.")] = "bf16",
+    prompt_tokens: Annotated[int, typer.Option(help="Of a typical request.", min=1)] = 4096,
+    answer_tokens: Annotated[int, typer.Option(help="Of a typical request.", min=1)] = 1024,
+    out: Annotated[Path | None, typer.Option(help="Draw it there: .svg or .png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say where every rank would run, whether it fits and what it costs the network; nothing is reserved."""
+    from dynamo_ray.cli import planning
+
+    given = planning.Given(topology, address, model_config, mem_fraction, kv_dtype, prompt_tokens, answer_tokens)
+    for layout in planning.layouts(file, given):
+        planning.show(layout, as_json, out)
+
+
+@app.command()
 def up(
     file: File,
     address: Address = None,

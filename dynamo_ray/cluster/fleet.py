@@ -30,6 +30,7 @@ from dynamo_ray.config import DeploymentConfig
 from placement import reserve
 from placement.plan import PlacementError, WorkerPlacement, place
 from placement.reserve import Reservation, ReservationError
+from placement.topology import TopologyError
 
 log = logging.getLogger("ray.serve")
 
@@ -74,11 +75,11 @@ class Fleet:
                 for bundle in placement.bundles:
                     busy[bundle.node_id] = busy.get(bundle.node_id, ()) + bundle.cores
             try:
-                topology = await asyncio.to_thread(reserve.observe, busy)
-                placement = place(topology, self.works[worker].group, worker)
+                topology = await asyncio.to_thread(reserve.observe, busy, self._config.placement.leaf_label)
+                placement = place(topology, self.works[worker].group, worker, self._placements)
                 name = group_name(self._app, worker)
                 self._reservations[worker] = await reserve.reserve(name, placement)
-            except (PlacementError, ReservationError) as error:
+            except (PlacementError, ReservationError, TopologyError) as error:
                 return NotReserved(worker, str(error))
             self._placements[worker] = placement
         return Reserved(worker)

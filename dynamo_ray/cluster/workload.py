@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from backends.engine import LaunchSpec, Role
 from dynamo_ray import __version__
-from dynamo_ray.config import DeploymentConfig, RoleConfig
+from dynamo_ray.config import DeploymentConfig, ParallelismConfig, RoleConfig
 from placement.parallelism import Parallelism
 from placement.plan import WorkerGroup, WorkerPlacement
 
@@ -32,16 +32,20 @@ class Prepared:
     ports: tuple[int, ...]
 
 
+def widths(config: ParallelismConfig) -> Parallelism:
+    return Parallelism(config.attn_tp, config.attn_dp, config.moe_ep, config.moe_tp_size, config.pp)
+
+
 def worker_group(role: Role, config: RoleConfig, accelerator: str) -> WorkerGroup:
-    widths = config.parallelism
     return WorkerGroup(
         name=role.value,
         replicas=config.replicas,
         nodes=config.nodes,
-        parallelism=Parallelism(widths.attn_tp, widths.attn_dp, widths.moe_ep, widths.moe_tp_size, widths.pp),
+        parallelism=widths(config.parallelism),
         cpus=config.resources.cpus,
         memory_bytes=int(config.resources.memory_gib * 2**30),
         accelerator=accelerator,
+        one_domain=config.one_nvlink_domain,
     )
 
 
@@ -88,18 +92,18 @@ def launch_specs(
     config: DeploymentConfig, work: Work, placement: WorkerPlacement, prepared: list[Prepared]
 ) -> list[LaunchSpec]:
     """What each node starts, in node_rank order."""
-    widths = work.config.parallelism
+    shape = work.config.parallelism
     return [
         LaunchSpec(
             worker=work.worker,
             role=work.role,
             model=config.model.name,
             model_path=str(config.model.folder),
-            attn_tp=widths.attn_tp,
-            attn_dp=widths.attn_dp,
-            moe_ep=widths.moe_ep,
-            moe_tp=widths.moe_tp_size,
-            pp=widths.pp,
+            attn_tp=shape.attn_tp,
+            attn_dp=shape.attn_dp,
+            moe_ep=shape.moe_ep,
+            moe_tp=shape.moe_tp_size,
+            pp=shape.pp,
             num_nodes=work.config.nodes,
             node_rank=bundle.node_rank,
             node_address=here.address,

@@ -1,0 +1,131 @@
+"""`dynamo-ray plan`: a file and a cluster in, layouts out, shown as a table, a drawing or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dynamo_ray.cli import drawing
+from dynamo_ray.cli.checked import check_file
+from dynamo_ray.cluster.layout import Assumptions, Layout, as_json, plan, read_shape
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.errors import ConfigError, Problem
+from placement.memory import Fit
+from placement.model_shape import KvDtype
+from placement.topology import Topology, TopologyError
+from placement.traffic import Traffic
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the command line says beside the file."""
+
+    topology: str | None
+    address: str | None
+    model_config: Path | None
+    mem_fraction: float
+    kv_dtype: str
+    prompt_tokens: int
+    answer_tokens: int
+
+
+def layouts(file: Path, given: Given) -> Iterator[tuple[str, Layout]]:
+    """The layout of every application in the file, with its name.
+
+    Raises:
+        ConfigError: The file, the cluster or the command line is wrong, or it does not fit; everything at once.
+        PreflightError: No Ray answers at the address.
+    """
+    if (given.topology is None) == (given.address is None):
+        raise ConfigError((Problem("--topology", "say either --topology, or --address of a running Ray"),))
+    if given.kv_dtype not in list(KvDtype):
+        raise ConfigError((Problem("--kv-dtype", f"{given.kv_dtype!r} is none of {', '.join(KvDtype)}"),))
+    assumed = Assumptions(given.mem_fraction, KvDtype(given.kv_dtype), given.prompt_tokens, given.answer_tokens)
+    shape = None if given.model_config is None else read_shape(given.model_config)
+    for application in check_file(file).applications:
+        try:
+            cluster = given.topology or _live(str(given.address), application.config)
+            yield application.name, plan(application.config, cluster, assumed, shape)
+        except ConfigError as error:
+            path = f"applications[{application.index}].args"
+            problems = (_under(path, problem) for problem in error.problems)
+            raise ConfigError(tuple(problems)) from error
+
+
+def show(named: tuple[str, Layout], in_json: bool, out: Path | None) -> None:
+    """Raises ConfigError for an `out` that is neither an SVG nor a PNG, or cannot be written."""
+    name, layout = named
+    roles = {group.name: group.name for group in layout.groups}
+    picture = drawing.draw(layout.topology, layout.plan.workers, roles, layout.plan.spares, title=name)
+    if out is not None:
+        try:
+            drawing.save(picture, out)
+        except (ValueError, OSError) as error:
+            raise ConfigError((Problem("--out", str(error)),)) from error
+    if in_json:
+        print(json.dumps({"application": name, **as_json(layout)}))
+        return
+    console = Console(highlight=False)
+    console.print(_workers(layout))
+    console.print(drawing.terminal(picture))
+    for found in layout.fits.values():
+        console.print(found.explain(), soft_wrap=True)
+    for line in _costs(layout):
+        console.print(line, soft_wrap=True)
+
+
+def _live(address: str, config: DeploymentConfig) -> Topology:
+    from dynamo_ray.cli import serving
+    from placement import reserve
+
+    with serving.driver(address):
+        try:
+            return reserve.observe(leaf_label=config.placement.leaf_label)
+        except TopologyError as error:
+            raise ConfigError(tuple(Problem("placement.leaf_label", problem) for problem in error.problems)) from error
+
+
+def _under(path: str, problem: Problem) -> Problem:
+    field = problem.field if problem.field.startswith(("topology", "--")) else f"{path}.{problem.field}"
+    return Problem(field, problem.message)
+
+
+def _workers(layout: Layout) -> Table:
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("worker", "nodes", "ranks", "leaves", "weights/GPU", "KV tokens/GPU"):
+        made.add_column(column, justify="left" if column in ("worker", "nodes") else "right")
+    leaf = {node.node_id: node.leaf for node in layout.topology.nodes}
+    for worker in layout.plan.workers:
+        found: Fit | None = layout.fits.get(worker.group)
+        addresses = [bundle.address for bundle in worker.bundles]
+        made.add_row(
+            worker.worker,
+            addresses[0] if len(addresses) == 1 else f"{addresses[0]} .. {addresses[-1]} ({len(addresses)})",
+            str(sum(len(bundle.ranks) for bundle in worker.bundles)),
+            str(len({leaf[bundle.node_id] for bundle in worker.bundles})),
+            "" if found is None else f"{found.weights.total / GIB:.1f} GiB",
+            "" if found is None else f"{found.kv_tokens:,}",
+        )
+    return made
+
+
+def _costs(layout: Layout) -> Iterator[str]:
+    given, request = layout.assumptions, layout.request
+    tokens = f"{request.prompt_tokens:,} + {request.answer_tokens:,} tokens"
+    yield f"assumed: mem_fraction {given.mem_fraction:g}, KV in {given.kv_dtype}, requests of {tokens}"
+    if len({node.leaf for node in layout.topology.nodes}) == 1:
+        yield "traffic between leaves: none, all nodes are in one, or no label says which"
+        return
+    for name, cost in (("this layout", layout.cost), ("no layout below", layout.bound), ("random", layout.random)):
+        yield f"between leaves, a request, {name}: {_traffic(cost)}"
+
+
+def _traffic(cost: Traffic) -> str:
+    return f"{cost.alltoall_bytes / 1e9:.2f} GB of all-to-all, {cost.handoff_bytes / 1e6:.1f} MB of KV hand-off"
