@@ -1,14 +1,16 @@
 """What a token costs on its way out: our framed TCP data plane against a Serve handle, in one run.
 
-    python tests/bench/bench_ingress.py [--streams 64] [--tokens 200] [--step-ms 20] [--check]
+    python tests/bench/bench_ingress.py [--streams 64] [--tokens 200] [--step-ms 20 1] [--check]
 
 The applications are the same HTTP front in the same Serve (HAProxy mode, one ingress replica) over the same
-simulated engine in one worker process, paced to one token a step. They differ in how tokens come from the worker to
-the ingress: `tcp` is the product's data plane; `handle-ray` a streaming `DeploymentHandle` over Ray's object transport,
-which a plain `handle.remote()` uses in a Serve without any of our settings; `handle-grpc` the same over gRPC, Serve's
-choice under RAY_SERVE_THROUGHPUT_OPTIMIZED=1. CPU is user + system time of the named processes, over the load's
-duration, per token. Events per token are below 1 where tokens that have piled up leave in one event, as only `tcp` can.
-With --check, exit 1 unless the ingress costs at most 60 CPU-us a token over `tcp`, and 20 times that over `handle-ray`.
+simulated engine in one worker process, at two paces: a token each 20 ms and stream, as people read, and one each ms,
+which is more than a Serve handle carries. They differ in how tokens come from the worker to the ingress: `tcp` is the
+product's data plane; `handle-ray` a streaming `DeploymentHandle` over Ray's object transport, which a plain
+`handle.remote()` uses in a Serve without any of our settings; `handle-grpc` the same over gRPC, Serve's choice under
+RAY_SERVE_THROUGHPUT_OPTIMIZED=1. CPU is user + system time of the named processes, over the load's duration, per token.
+Events per token are below 1 where tokens that have piled up leave in one event, as only `tcp` can; most of what is left
+of its cost at the slow pace is the kernel's, one write an event. With --check, exit 1 unless the ingress costs at most
+60 CPU-us a token over `tcp` at the slow pace, and 20 times its cost over `handle-ray` at the fast one.
 """
 
 from __future__ import annotations
@@ -214,36 +216,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--step-ms", type=float, nargs="+", default=[20.0, 1.0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--port", type=int, default=18_400)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     folder = models.prepare(MODEL)
-    engine_args = {"step_s": args.step_ms / 1000}
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"{scratch}/admin.sock"
         os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = f"{scratch}/haproxy.cfg"
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
         serve.start(http_options={"host": "127.0.0.1", "port": args.port}, proxy_location="HeadOnly")
-        applications = {
-            "tcp": tcp_application(engine_args, folder),
-            "handle-grpc": handle_application(engine_args, folder, by_reference=False),
-            "handle-ray": handle_application(engine_args, folder, by_reference=True),
-        }
         try:
-            results = {
-                app: measure(app, application, args.port, args.streams, args.tokens, args.repeats)
-                for app, application in applications.items()
-            }
+            results = {step_ms: at_pace(step_ms, folder, args) for step_ms in sorted(args.step_ms, reverse=True)}
         finally:
             serve.shutdown()
             ray.shutdown()
-    report(results, args.check)
+    for step_ms, costs in results.items():
+        report(step_ms, costs)
+    ours, judged = median(results[max(results)]["tcp"], "ingress"), ratio(results[min(results)], JUDGED)
+    if args.check and (ours > MAX_INGRESS_US_PER_TOKEN or judged < MIN_RATIO):
+        raise SystemExit(f"missed: at most {MAX_INGRESS_US_PER_TOKEN} us, at least {MIN_RATIO}x against {JUDGED}")
 
 
-def report(results: dict[str, list[Cost]], check: bool) -> None:
-    print("CPU-us per token: median of the repeats, [range] of the ingress")
+def at_pace(step_ms: float, folder: Path, args: argparse.Namespace) -> dict[str, list[Cost]]:
+    """Every path, one after the other, with an engine of that pace."""
+    engine_args = {"step_s": step_ms / 1000}
+    applications = {
+        "tcp": tcp_application(engine_args, folder),
+        "handle-grpc": handle_application(engine_args, folder, by_reference=False),
+        "handle-ray": handle_application(engine_args, folder, by_reference=True),
+    }
+    return {
+        app: measure(app, application, args.port, args.streams, args.tokens, args.repeats)
+        for app, application in applications.items()
+    }
+
+
+def report(step_ms: float, results: dict[str, list[Cost]]) -> None:
+    print(f"a token each {step_ms:g} ms and stream; CPU-us per token, median of the repeats, [range] of the ingress")
     print(f"{'path':<12} {'ingress':>9} {'worker':>9} {'haproxy':>9} {'events/token':>13}")
     for app, costs in results.items():
         ingress = [cost.ingress for cost in costs]
@@ -258,10 +269,7 @@ def report(results: dict[str, list[Cost]], check: bool) -> None:
         both = (median(results[app], "ingress") + median(results[app], "worker")) / (
             median(ours, "ingress") + median(ours, "worker")
         )
-        judged = f" (judged: at least {MIN_RATIO:.0f}x in the ingress)" if app == JUDGED else ""
-        print(f"{app} / tcp: {ratio(results, app):.1f}x in the ingress, {both:.1f}x in ingress + worker{judged}")
-    if check and (median(ours, "ingress") > MAX_INGRESS_US_PER_TOKEN or ratio(results, JUDGED) < MIN_RATIO):
-        raise SystemExit(f"missed: at most {MAX_INGRESS_US_PER_TOKEN} us, at least {MIN_RATIO}x against {JUDGED}")
+        print(f"{app} / tcp: {ratio(results, app):.1f}x in the ingress, {both:.1f}x in ingress + worker")
 
 
 def ratio(results: dict[str, list[Cost]], app: str) -> float:

@@ -47,6 +47,37 @@ def test_every_shipped_configuration_is_valid(config: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_plan_says_who_runs_where_whether_it_fits_and_draws_it(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.svg"
+    command = ("plan", "configs/deepseek-r1-wideep.yaml", "--topology", "13x8xH100", "--kv-dtype", "fp8")
+    done = run(*command, "--out", str(picture))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in (
+        "prefill-0",
+        "decode-0",
+        "node-12",
+        "EP72+32 fp8 fits H100: 27.5 GiB",
+        "EP32+32 fp8 fits H100: 39.4 GiB",
+    ):
+        assert said in done.stdout
+    assert picture.read_text().count('class="gpu"') == 104
+    layout = json.loads(run(*command, "--json").stdout)
+    assert sum(len(node["ranks"]) for worker in layout["workers"] for node in worker["nodes"]) == 104
+
+
+def test_a_plan_that_cannot_be_exits_2_with_everything_in_its_way(tmp_path: Path) -> None:
+    document = yaml.safe_load((ROOT / "configs/deepseek-r1-wideep.yaml").read_text())
+    document["applications"][0]["args"]["decode"] = {"nodes": 3, "parallelism": {"attn_dp": 24, "moe_ep": 24}}
+    file = tmp_path / "wide.yaml"
+    file.write_text(yaml.safe_dump(document))
+    done = run("plan", str(file), "--topology", "6x8xH100")
+    assert done.returncode == 2
+    assert "decode.parallelism" in done.stderr
+    assert "moe_ep" in done.stderr
+    assert "decode-0 needs 3 nodes" in done.stderr
+    assert run("plan", str(SIM)).returncode == 2
+
+
 def test_unknown_keys_at_every_level_are_named_all_at_once(tmp_path: Path) -> None:
     text = SIM.read_text().replace("proxy_location:", "proxy_locaton:").replace("num_replicas:", "num_replcas:")
     text = text.replace("route_prefix:", "route_prefx:").replace("policy:", "polcy:")
