@@ -155,13 +155,14 @@ class LaunchSpec:
     num_nodes: int = 1
     node_rank: int = 0
     node_address: str = "127.0.0.1"
-    """The address other nodes reach this one at; every socket binds here."""
+    """The address other nodes reach this one at; sockets bind here, but for those an adapter names."""
     leader_address: str = "127.0.0.1"
     """node_address of node_rank 0."""
     leader_ports: tuple[int, ...] = ()
     """`ports` of node_rank 0, for what the other nodes connect to."""
     ports: tuple[int, ...] = ()
-    """Free ports on this node that belong to this worker alone; an adapter takes them in order."""
+    """Free ports on this node that belong to this worker alone, for what others must be told beforehand; an adapter
+    takes them in order. Everything else may listen on free ports of its engine's choice."""
     cores: tuple[int, ...] = ()
     """CPU engines: the cores to compute on, one or more a rank, in rank order. Empty: not pinned."""
     transfer_backend: str = "nixl"
@@ -222,7 +223,10 @@ class Engine(Protocol):
         ...
 
     async def release(self, request_id: str) -> None:
-        """Free what a finished prefill leg still holds for its decode side; ignored when nothing is held."""
+        """Free what a finished prefill leg still holds for its decode side; ignored when nothing is held.
+
+        A leg that was closed before its hand-off was read holds nothing: that frees too.
+        """
         ...
 
     def load(self) -> tuple[RankLoad, ...]:
@@ -238,5 +242,8 @@ class Engine(Protocol):
         ...
 
     async def stop(self) -> None:
-        """Stop everything; safe to call twice and after a failed start."""
+        """Stop everything; safe to call twice and after a failed start.
+
+        Requests inside end with an EngineError, and a start that still runs with an EngineStartError.
+        """
         ...

@@ -7,18 +7,28 @@ import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-FOLDERS = ("unit", "contract", "integration", "e2e", "gpu")
+FOLDERS = ("unit", "integration", "e2e", "gpu", "contract")
+"""In the order they run: the engines of contract tests take gigabytes, and live until the session ends."""
 
 # Ray 2.60 otherwise turns token authentication on for a local cluster and writes a token into the home folder.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        folder = Path(item.path).relative_to(Path(__file__).parent).parts[0]
-        if folder in FOLDERS:
-            item.add_marker(getattr(pytest.mark, folder))
+        item.add_marker(getattr(pytest.mark, _folder(item)))
+    items.sort(key=lambda item: FOLDERS.index(_folder(item)))
+
+
+def _folder(item: pytest.Item) -> str:
+    return Path(item.path).relative_to(Path(__file__).parent).parts[0]
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
-"""Engines that live as long as the session: a real one takes 20 to 40 s to start."""
+"""Engines that live until the session ends, which contract tests do too: a real one takes 20 to 40 s to start."""
 
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 
@@ -15,9 +16,11 @@ from backends.engine import Role
 
 @pytest.fixture(autouse=True)
 def what_a_failed_start_left_is_collected() -> Iterator[None]:
-    """vLLM leaves ZeroMQ contexts of failed starts to the garbage collector, which warns; have it do so here."""
+    """vLLM leaves ZeroMQ contexts of starts that fail to the garbage collector, which would warn in a later test."""
     yield
-    gc.collect()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unclosed context", ResourceWarning)
+        gc.collect()
 
 
 async def _site(backend: str) -> AsyncIterator[Site]:

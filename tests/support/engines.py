@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -118,7 +119,7 @@ def used_blocks(engine: Engine) -> int:
     return sum(rank.kv_used_blocks for rank in engine.load())
 
 
-async def wait_for_load(engine: Engine, condition: Any, timeout_s: float = 2.0) -> None:
+async def wait_for_load(engine: Engine, condition: Any, timeout_s: float = 10.0) -> None:
     """Wait until `condition` holds for the engine's load of every rank; load has no event, so it is polled."""
     deadline = time.monotonic() + timeout_s
     while not all(condition(rank) for rank in engine.load()):
@@ -126,11 +127,18 @@ async def wait_for_load(engine: Engine, condition: Any, timeout_s: float = 2.0) 
         await asyncio.sleep(0.01)
 
 
-async def wait_until_idle(engine: Engine, timeout_s: float = 2.0) -> None:
+async def wait_until_idle(engine: Engine, timeout_s: float = 10.0) -> None:
     def idle(rank: Any) -> bool:
         return not (rank.kv_used_blocks or rank.num_running or rank.num_waiting)
 
     await wait_for_load(engine, idle, timeout_s)
+
+
+def listens(endpoint: str) -> bool:
+    """Whether anybody accepts connections there; `endpoint` is `tcp://host:port`."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 def engine_processes(engine: Engine) -> list[psutil.Process]:
