@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
+from backends.kv_events import BlockRemoved, BlockStored, KVEvent
 
 _ROOT = 0
 
@@ -125,13 +125,6 @@ class BlockPool:
             if not self._holders[block]:
                 self._unheld[block] = None
         lease.shared.clear()
-
-    def clear(self) -> None:
-        """Forget every block nobody holds."""
-        for block in self._unheld:
-            del self._holders[block]
-        self._unheld.clear()
-        self.events.append(AllBlocksCleared())
 
     def _hold(self, block: int) -> None:
         self._holders[block] += 1
