@@ -2,6 +2,9 @@
 
 Processes: ours (front: request bookkeeping only), one engine core per attention DP rank, which also runs the model
 where a rank is one device, and with more than one rank a coordinator that keeps them in step.
+
+Sockets: on the node's address, NIXL's handshakes on ports of ours and everything else on free ones that vLLM takes. One
+listens on every address: with more than one rank, torch's TCPStore in the first, to which vLLM gives no address.
 """
 
 from __future__ import annotations

@@ -6,9 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
+import psutil
 import pytest
 import pytest_asyncio
-from engines import TINY_DEEPSEEK, Site, answer, greedy, hand_over, prompt, running, spec, wait_until_idle
+from engines import (
+    TINY_DEEPSEEK,
+    Site,
+    answer,
+    engine_processes,
+    greedy,
+    hand_over,
+    prompt,
+    running,
+    spec,
+    wait_until_idle,
+)
 
 from backends.engine import Role
 from dynamo_ray import models
@@ -78,6 +90,20 @@ async def test_a_prompt_handed_over_to_a_rank_is_answered_as_transformers_does(
     assert [each.chunks[0].transferred_tokens for each in got][1:] == [len(ids) for ids in PROMPTS[1:]]
     await wait_until_idle(dep_site.prefill)
     await wait_until_idle(dep_site.decode)
+
+
+async def test_one_socket_of_the_first_rank_alone_listens_beyond_the_nodes_address(dep_site: Site) -> None:
+    """torch's store, as backends.vllm says."""
+
+    def elsewhere(process: psutil.Process, address: str) -> list[str]:
+        listening = [each for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+        return [each.laddr.ip for each in listening if each.laddr.ip != address]
+
+    address = dep_site.decode.spec.node_address  # type: ignore[attr-defined]
+    first, *others = engine_processes(dep_site.decode)
+    assert elsewhere(first, address) == ["::"]
+    for process in (*others, *engine_processes(dep_site.prefill)):
+        assert elsewhere(process, address) == []
 
 
 async def test_a_pinned_request_runs_on_its_rank(dep_site: Site) -> None:

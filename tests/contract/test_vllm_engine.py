@@ -5,38 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from engines import TINY_DEEPSEEK, Site, answer, engine_processes, greedy, prompt, spec
+from engines import TINY_DEEPSEEK, Site, answer, engine_processes, greedy, spec
 
-from backends.engine import EngineError, EngineStartError, Role
+from backends.engine import EngineError, EngineStartError
 from backends.vllm import VLLMEngine
-from dynamo_ray import models
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
 
 MIB = 1024 * 1024
-
-START_AND_WAIT = """
-import asyncio, signal, sys
-sys.path.insert(0, {support!r})
-from engines import TINY_DEEPSEEK, spec
-from backends.vllm import VLLMEngine
-
-async def main():
-    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, attn_dp=2, moe_ep=2, cores=(0, 1)))
-    await engine.start()
-    print("pids", *(process.pid for process in engine.processes()), flush=True)
-    await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
 
 
 def children() -> set[psutil.Process]:
@@ -79,6 +59,18 @@ async def test_a_token_id_outside_the_vocabulary_is_refused_and_not_computed(vll
     assert (await answer(vllm_site.aggregated, [5, 10], greedy(1))).tokens
 
 
+async def test_a_request_over_the_users_queue_limit_is_an_error_to_retry(
+    vllm_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(vllm_site.aggregated, VLLMEngine)
+    with monkeypatch.context() as engine_args:
+        engine_args.setattr(vllm_site.aggregated._llm.scheduler_config, "max_num_queued_reqs", 0)
+        with pytest.raises(EngineError) as refusal:
+            await answer(vllm_site.aggregated, [5, 10], greedy(1))
+    assert refusal.value.retryable
+    assert (await answer(vllm_site.aggregated, [5, 10], greedy(1))).tokens
+
+
 async def test_the_cause_of_a_failed_start_is_named_and_nothing_is_left() -> None:
     before = children()
     engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, engine_args={"kv_cache_memory_bytes": 1 * MIB}))
@@ -100,25 +92,3 @@ async def test_a_start_that_is_given_up_leaves_nothing() -> None:
         await start
     assert children() <= before
     await engine.stop()
-
-
-def test_nothing_outlives_a_killed_process() -> None:
-    """SIGKILL for the process that started a two-rank engine: both ranks and their coordinator end at once."""
-    models.prepare(TINY_DEEPSEEK)
-    support = str(Path(__file__).parents[1] / "support")
-    command = [sys.executable, "-c", START_AND_WAIT.format(support=support)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL) as starter:
-        try:
-            assert starter.stdout is not None
-            words = next(line for line in starter.stdout if line.startswith("pids")).split()[1:]
-            processes = [psutil.Process(int(pid)) for pid in words]
-            assert len(processes) == 3
-        finally:
-            starter.send_signal(signal.SIGKILL)
-    assert psutil.wait_procs(processes, timeout=2.0)[1] == []
-
-
-async def test_a_role_that_does_not_fit_the_leg_is_refused(vllm_site: Site) -> None:
-    with pytest.raises(EngineError) as refusal:
-        await answer(vllm_site.decode, prompt(5), greedy(1), leg=Role.PREFILL)
-    assert (refusal.value.retryable, refusal.value.field) == (False, "leg")
