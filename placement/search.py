@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Literal
 
 from placement.topology import NO_ACCELERATOR, Node, Resources
 from placement.traffic import Leaves, RequestShape, alltoall_share, tokens_of
@@ -22,7 +23,7 @@ MAX_LEAF_VISITS = 200_000
 """What may be spent on moves that save traffic: about a microsecond each. A move visits every leaf a few times."""
 MAX_CHOICES = 8
 """Places that a worker tries while another waits for what that leaves."""
-MAX_ORDERS = 12
+MAX_ATTEMPTS = 16
 MAX_NODE_VISITS = 200_000
 """What may be spent on placing all in other orders: so many nodes are looked at, once for each worker."""
 MAX_LEAVES_TRIED = 64
@@ -31,6 +32,9 @@ PEERS = {"prefill": "decode", "decode": "prefill"}
 FREE_BYTES = 1.0
 """Less than this of a request is none."""
 
+Rule = Literal["whole", "spread", "any"]
+"""Which nodes of a leaf are taken: those most taken already, which keeps whole nodes free; those least taken, which
+leaves more different ones; or by lot."""
 Fitting = dict[str, dict[str, None]]
 """Ids of the nodes that take a job, by leaf; the inner dictionary is an ordered set."""
 
@@ -91,10 +95,9 @@ class _Role:
 class Allocation:
     """Nodes, what is free on them, and who has been placed where."""
 
-    def __init__(
-        self, nodes: Iterable[Node], jobs: Sequence[Job], request: RequestShape, keep_whole: bool = True
-    ) -> None:
-        self._keep_whole = keep_whole
+    def __init__(self, nodes: Iterable[Node], jobs: Sequence[Job], request: RequestShape, rule: Rule = "whole") -> None:
+        self._rule = rule
+        self._chance = random.Random(0)
         self.nodes = {node.node_id: node for node in nodes}
         self.num_leaves = len({node.leaf for node in self.nodes.values()})
         self.taken: dict[str, tuple[str, ...]] = {}
@@ -205,9 +208,11 @@ class Allocation:
 
     def _rank(self, job: Job, node: Node) -> tuple[float, ...]:
         """The order in which a leaf's nodes are taken: GPU workers keep whole nodes free, CPU workers each other's."""
-        if job.needs.gpus and self._keep_whole:
-            return (node.free.gpus, node.free.cpus)
-        return (-node.free.gpus, -node.free.cpus) if job.needs.gpus else (-node.free.cpus, node.free.gpus)
+        if not job.needs.gpus:
+            return (-node.free.cpus, node.free.gpus)
+        if self._rule == "any":
+            return (self._chance.random(),)
+        return (node.free.gpus, node.free.cpus) if self._rule == "whole" else (-node.free.gpus, -node.free.cpus)
 
     def _cost(self, job: Job, leaves: Leaves) -> float:
         cost = self._alltoall_bytes(job.role) * alltoall_share(leaves)
@@ -266,11 +271,10 @@ def allocate(nodes: Sequence[Node], jobs: Sequence[Job], request: RequestShape) 
     """
     first = sorted(jobs, key=lambda job: (-job.needs.gpus, -job.nodes, not job.one_domain))
     best: Allocation | None = None
-    for number, ordered in enumerate(_orders(first, nodes)):
-        # Whole nodes are kept free, but not where workers of several nodes then find too few different ones.
-        found = _place_all(nodes, ordered, request, near=True, keep_whole=number % 2 == 0)
+    for ordered, rule in _attempts(first, nodes):
+        found = _place_all(nodes, ordered, request, near=True, rule=rule)
         if found is not None:
-            _improve(found, ordered, MAX_LEAF_VISITS if best is None else MAX_LEAF_VISITS // 2 // MAX_ORDERS)
+            _improve(found, ordered, MAX_LEAF_VISITS if best is None else MAX_LEAF_VISITS // 2 // MAX_ATTEMPTS)
             if best is None or found.total_cost() < best.total_cost() * (1 - 1e-9):
                 best = found
             if best.total_cost() < FREE_BYTES:
@@ -282,21 +286,34 @@ def allocate(nodes: Sequence[Node], jobs: Sequence[Job], request: RequestShape) 
     return best.taken
 
 
-def _orders(first: Sequence[Job], nodes: Sequence[Node]) -> Iterator[Sequence[Job]]:
-    """Orders to place them in, as many as the work allows: wide nodes first, but for some in which narrow ones that
-    cause more traffic may come before."""
-    yield first
-    yield first
+def _attempts(first: Sequence[Job], nodes: Sequence[Node]) -> Iterator[tuple[Sequence[Job], Rule]]:
+    """Orders to place them in, and which of a leaf's nodes to take, as many as the work allows.
+
+    Wide nodes first, but for some attempts in which narrow workers that cause more traffic may come before. Rules
+    matter only where workers share nodes.
+    """
+    yield first, "whole"
+    widest = max((node.total.gpus for node in nodes), default=0)
+    rules: tuple[Rule, ...] = ("whole", "spread", "any")
+    if not any(0 < 2 * job.needs.gpus <= widest for job in first):
+        rules = ("whole",)
+    seen: set[tuple[tuple[Job, ...], Rule]] = {(tuple(map(_alike, first)), "whole")}
     shuffled, chance = list(first), random.Random(0)
-    for number in range(min(MAX_ORDERS, MAX_NODE_VISITS // (len(first) * max(1, len(nodes))))):
+    most = MAX_ATTEMPTS * len(rules)
+    for number in range(min(most, MAX_NODE_VISITS // (len(first) * max(1, len(nodes))))):
+        ordered = list(shuffled) if number % 4 > 1 else sorted(shuffled, key=lambda job: -job.needs.gpus)
+        rule = rules[-1 - number % len(rules)]
+        attempt = tuple(map(_alike, ordered)), rule
+        if attempt not in seen or rule == "any":
+            seen.add(attempt)
+            yield ordered, rule
         chance.shuffle(shuffled)
-        yield list(shuffled) if number % 4 > 1 else sorted(shuffled, key=lambda job: -job.needs.gpus)
 
 
 def _place_all(
-    nodes: Sequence[Node], jobs: Sequence[Job], request: RequestShape, near: bool, keep_whole: bool = True
+    nodes: Sequence[Node], jobs: Sequence[Job], request: RequestShape, near: bool, rule: Rule = "whole"
 ) -> Allocation | None:
-    allocation = Allocation(nodes, jobs, request, keep_whole)
+    allocation = Allocation(nodes, jobs, request, rule)
     for job in jobs:
         found = allocation.near(job) if near else allocation.emptiest(job)
         if found is not None:
@@ -345,6 +362,11 @@ def _move(allocation: Allocation, job: Job, others: Sequence[Job]) -> bool:
     for moved, node_ids in old.items():
         allocation.take(moved, node_ids)
     return False
+
+
+def _alike(job: Job) -> Job:
+    """Replicas of one role can take each other's turn."""
+    return replace(job, worker="")
 
 
 def _shape(job: Job) -> Job:

@@ -1,9 +1,9 @@
 """Planning: how long it takes, how that grows, and how much traffic its layouts cost beside Ray's PACK and the optimum.
 
-    python tests/bench/bench_placement.py [--clusters 1000] [--check]
+    make bench-placement        or        python tests/bench/bench_placement.py [--clusters 1000] [--check]
 
-The optimum is CP-SAT's (OR-tools: `pip install -e '.[bench]'`), on the instances whose optimality it proves within its
-limit. PACK is Ray's policy for bundles (ray/raylet/scheduling/policy/bundle_scheduling_policy.cc, 2.60): each bundle to
+The optimum is CP-SAT's, on the instances whose optimality it proves within its limit. OR-tools has an environment of
+its own, because it takes an older protobuf than Ray. PACK is Ray's policy for bundles (ray/raylet/scheduling/policy/bundle_scheduling_policy.cc, 2.60): each bundle to
 the node that has least left over, among equals the first by node id, which says nothing of its leaf; workers in the
 order of the plan, a node at most once for each. Traffic is `placement.traffic`'s, for all of them. With --check, exit 1
 unless the targets below are met.
