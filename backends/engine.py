@@ -132,8 +132,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_total_blocks: int
     """Per DP rank."""
     handoff: HandoffStyle
+    caches_prefixes: bool = True
+    """A prompt's blocks may still be there for the next one that begins alike."""
     kv_event_sources: tuple[KVEventSource, ...] = ()
-    """Empty: this engine publishes none; the router falls back, and says so."""
+    """Empty: this engine publishes none; the router then guesses what it caches, and says so."""
     bootstrap_address: str | None = None
     """host:port of a `concurrent` prefill engine's rendezvous server."""
     max_logprobs: int = 0

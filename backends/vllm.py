@@ -249,6 +249,7 @@ class VLLMEngine:
             # vLLM sums over ranks; one block of each is the null block that no request gets.
             kv_total_blocks=config.cache_config.num_gpu_blocks // spec.attn_dp - 1,
             handoff="none" if spec.role is Role.AGGREGATED else "sequential",
+            caches_prefixes=bool(config.cache_config.enable_prefix_caching),
             kv_event_sources=self._event_sources(),
             max_logprobs=config.model_config.max_logprobs,
         )

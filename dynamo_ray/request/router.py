@@ -92,7 +92,8 @@ class Router:
         for holder in holders:
             self.index.add_holder(holder)
             self.table.add_holder(holder)
-        if self._config.events == "none" or not info.engine.kv_event_sources:
+        told = self._config.events != "none" and info.engine.kv_event_sources
+        if info.engine.caches_prefixes and not told:
             self._silent.update(holders)
             if self._config.router.policy in READS_OVERLAP:
                 log.warning(

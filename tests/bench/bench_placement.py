@@ -4,8 +4,8 @@
 
 The optimum is CP-SAT's, on the instances whose optimality it proves within its limit. OR-tools has an environment of
 its own, because it takes an older protobuf than Ray. PACK is Ray's policy for bundles as its source has it (2.60,
-ray/raylet/scheduling/policy/bundle_scheduling_policy.cc): each bundle to the node that has least left over, among equals
-the first by node id, which says nothing of its leaf; workers in the order of the plan, a node at most once for
+ray/raylet/scheduling/policy/bundle_scheduling_policy.cc): each bundle to the node that has least left over, among
+equals the first by node id, which says nothing of its leaf; workers in the order of the plan, a node at most once for
 each. Traffic is `placement.traffic`'s, for all of them. With --check, exit 1 unless the targets below are met.
 """
 

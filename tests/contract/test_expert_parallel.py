@@ -21,9 +21,9 @@ from engines import (
     spec,
     wait_until_idle,
 )
+from reference import answers_of_transformers
 
 from backends.engine import Role
-from dynamo_ray import models
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
 
@@ -34,25 +34,7 @@ ENGINE_ARGS = {"block_size": 16, "max_model_len": 1024, "kv_cache_memory_bytes":
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    """What transformers itself answers, greedily."""
-    import torch
-    from transformers import DeepseekV3ForCausalLM
-
-    model = DeepseekV3ForCausalLM.from_pretrained(models.prepare(TINY_DEEPSEEK), dtype=torch.float32)
-    answers = []
-    for ids in PROMPTS:
-        output = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=ANSWER_TOKENS,
-            min_new_tokens=ANSWER_TOKENS,
-            eos_token_id=-1,
-            pad_token_id=0,
-            do_sample=False,
-        )
-        answers.append(output[0][len(ids) :].tolist())
-    assert len({token for tokens in answers for token in tokens}) > 50, "degenerate answers hide errors"
-    return answers
+    return answers_of_transformers(PROMPTS, ANSWER_TOKENS)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -119,5 +101,6 @@ async def test_a_pinned_request_runs_on_its_rank(dep_site: Site) -> None:
 
 async def test_an_engine_that_caches_no_prefixes_publishes_no_events(dep_site: Site) -> None:
     assert dep_site.infos[Role.DECODE].kv_event_sources == ()
+    assert not dep_site.infos[Role.DECODE].caches_prefixes
     assert dep_site.infos[Role.DECODE].attn_dp_size == 2
     assert [load.dp_rank for load in dep_site.decode.load()] == [0, 1]
