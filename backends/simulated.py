@@ -252,10 +252,10 @@ class SimulatedEngine:
         return sequence
 
     async def _pull(self, sequence: _Sequence, handoff: KVHandoff) -> None:
-        """Fetch the prefill side's KV, as long as its bytes take; then the sequence runs."""
+        """Fetch the KV that is not cached here, as long as its bytes take; then the sequence runs."""
         try:
             state, num_tokens = await self._fabric.pull(handoff)
-            sequence.transferred = num_tokens
+            sequence.transferred = num_tokens - sequence.cached
             await asyncio.sleep(sequence.transferred / self.args.transfer_tokens_per_s)
             await self._fabric.landed(handoff)
         except EngineError as error:

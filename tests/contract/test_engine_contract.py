@@ -183,6 +183,17 @@ async def test_a_handed_over_prompt_is_answered_as_by_one_engine(site: Site) -> 
     await wait_until_idle(site.decode)
 
 
+async def test_a_decode_leg_fetches_only_what_it_has_not_cached(site: Site) -> None:
+    ids = prompt(100, seed=9)
+    await hand_over(site, ids, greedy(4))
+    again = (await hand_over(site, ids, greedy(4))).chunks[0]
+    assert again.cached_tokens is not None
+    assert again.transferred_tokens is not None
+    assert 64 <= again.cached_tokens < 100
+    assert again.cached_tokens + again.transferred_tokens == len(ids)
+    await wait_until_idle(site.prefill)
+
+
 async def test_a_prefill_leg_is_one_chunk_without_tokens(site: Site) -> None:
     computed = await answer(site.prefill, prompt(50, seed=3), greedy(10), leg=Role.PREFILL)
     assert len(computed.chunks) == 1
