@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.parallelism import Parallelism
+from placement.parallelism import SGLANG, TENSORRT_LLM, VLLM, Parallelism, RankLayout
 from placement.plan import PlacementError, WorkerGroup, plan
 from placement.topology import Node, Resources, Topology
 
@@ -30,6 +30,14 @@ def test_13_nodes_take_deepseek_r1_as_4_plus_9() -> None:
     assert [rank for bundle in decode.bundles for rank in bundle.ranks] == list(range(72))
     assert decode.bundles[0].resources == Resources(1.0, 8, 0)
     assert decode.bundles[0].cores == ()
+
+
+def test_ranks_stand_on_the_nodes_where_engines_start_them() -> None:
+    topology = Topology(tuple(node(f"{i:02}") for i in range(9)))
+    bundles = plan(topology, [gpu_group("decode", 1, 9, 72)]).of("decode-0").bundles
+    for order in (SGLANG, VLLM, TENSORRT_LLM):
+        engine = RankLayout(Parallelism(attn_dp=72, moe_ep=72), order, nodes=9)
+        assert [bundle.ranks for bundle in bundles] == [tuple(engine.ranks_on(n)) for n in range(9)]
 
 
 def test_a_misfit_names_the_group_what_it_needs_and_the_largest_slot() -> None:
