@@ -96,24 +96,34 @@ async def find(prefix: str) -> dict[str, Reservation | None]:
 
 
 async def release(name: str) -> None:
-    """Remove every group that now has that name, in whatever state, and wait until Ray has; none is fine.
+    """Remove every group that now has that name, in whatever state; none is fine.
 
+    Waits until Ray has, and until its nodes say so: `observe` sees at once what is free now.
     Processes that still run inside are killed by Ray.
     """
     deadline = time.monotonic() + RELEASE_TIMEOUT_S
-    left = await _ids(name)
-    while left:
+    removed = await _ids(name)
+    left = removed
+    while left or await _still_reported(removed):
         if time.monotonic() >= deadline:
             raise ReservationError(name, f"Ray did not remove placement group {name} within {RELEASE_TIMEOUT_S:g} s")
         for group_id in left:
             await asyncio.to_thread(remove_placement_group, _handle(group_id))
         await asyncio.sleep(POLL_S)
-        left &= await _ids(name)  # a group that a successor makes meanwhile is its own
+        left = removed & await _ids(name)  # a group that a successor makes meanwhile is its own
 
 
 async def _ids(name: str) -> set[str]:
     table = await asyncio.to_thread(placement_group_table)
     return {key for key, entry in table.items() if entry["name"] == name and entry["state"] != "REMOVED"}
+
+
+async def _still_reported(group_ids: set[str]) -> bool:
+    """Whether the latest report of a node has resources of these groups, which Ray names GPU_group_0_<id> and so on."""
+    if not group_ids:
+        return False
+    reports = await asyncio.to_thread(ray._private.state.available_resources_per_node)
+    return any(resource.rpartition("_")[2] in group_ids for report in reports.values() for resource in report)
 
 
 def _create(name: str, placement: WorkerPlacement) -> PlacementGroup:

@@ -100,7 +100,8 @@ def _under(path: str, problem: Problem) -> Problem:
 def _workers(layout: Layout) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("worker", "nodes", "ranks", "leaves", "weights/GPU", "KV tokens/GPU"):
-        made.add_column(column, justify="left" if column in ("worker", "nodes") else "right")
+        name = column in ("worker", "nodes")
+        made.add_column(column, justify="left" if name else "right", no_wrap=name)
     leaf = {node.node_id: node.leaf for node in layout.topology.nodes}
     for worker in layout.plan.workers:
         found: Fit | None = layout.fits.get(worker.group)

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import psutil
@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("ray")
 import ray
+from control import APP, config, deployed, fake_cluster, run
 from ray import serve
 from ray.cluster_utils import Cluster
 
@@ -23,8 +24,7 @@ from dynamo_ray.cluster.fleet import Fleet
 from dynamo_ray.cluster.lifecycle import Died, Drained, Gone, Started
 from dynamo_ray.cluster.memory import Memory
 from dynamo_ray.cluster.presence import Presence, presence
-from dynamo_ray.config import DeploymentConfig
-from dynamo_ray.request.membership import Membership, Phase
+from dynamo_ray.request.membership import Phase
 from placement import reserve
 from placement.parallelism import Parallelism
 from placement.plan import PlacementError, WorkerGroup, WorkerPlacement, place
@@ -32,85 +32,12 @@ from placement.reserve import ReservationError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TIMEOUT_S = 90.0
-APP = "control"
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head for Serve and two nodes of 4 CPUs each that notice each other's death within some seconds."""
-    environment = {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": "5000",
-        "RAY_health_check_failure_threshold": "3",
-        "RAY_health_check_initial_delay_ms": "500",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        made = Cluster()
-        made.add_node(num_cpus=0, include_dashboard=False, resources={"head": 1})
-        for _ in range(2):
-            made.add_node(num_cpus=4)
-        ray.init(address=made.address, namespace="serve", log_to_driver=False)
-        serve.start(proxy_location="Disabled")
-        try:
-            yield made
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-            made.shutdown()
-
-
-def config(**changes: Any) -> DeploymentConfig:
-    given: dict[str, Any] = {
-        "model": {"name": "m", "path": "/nowhere"},
-        "backend": "simulated",
-        "aggregated": {"replicas": 1, "resources": {"cpus": 1.0}},
-    }
-    return DeploymentConfig.model_validate({**given, **changes})
-
-
-class Deployed:
-    """The orchestrator alone: what ingresses see of it."""
-
-    def __init__(self, checked: DeploymentConfig) -> None:
-        self.handle = serve.run(orchestrator.application(checked), name=APP, route_prefix=None)
-        self.version = 0
-
-    def until(self, condition: Callable[[Membership], bool], what: str) -> Membership:
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline_s:
-            try:
-                membership: Membership = self.handle.watch.remote(self.version).result(timeout_s=20.0)
-            except (ray.exceptions.RayError, TimeoutError):
-                continue  # the orchestrator is being replaced
-            self.version = membership.version
-            if condition(membership):
-                return membership
-        raise AssertionError(f"not within {TIMEOUT_S} s: {what}; last: {membership.statuses}")
-
-    def ready(self, count: int) -> Membership:
-        return self.until(lambda seen: len(seen.workers) == count, f"{count} workers serve")
-
-
-@contextlib.contextmanager
-def deployed(checked: DeploymentConfig) -> Iterator[Deployed]:
-    try:
-        yield Deployed(checked)
-    finally:
-        serve.delete(APP)
-        assert gang.actor_names(APP) == []
-        assert run(lambda: reserve.find(f"{APP}/")) == {}
-
-
-def run(work: Callable[[], Awaitable[Any]]) -> Any:
-    async def main() -> Any:
-        return await work()
-
-    return asyncio.run(main())
+    """A head for Serve and two nodes of 4 CPUs each."""
+    with fake_cluster([{"num_cpus": 4}] * 2) as made:
+        yield made
 
 
 def pids() -> dict[str, list[int]]:
@@ -126,8 +53,19 @@ def two_nodes(cpus: float = 3.0) -> WorkerGroup:
     return WorkerGroup("wide", 1, 2, Parallelism(attn_dp=2, moe_ep=2), cpus=cpus)
 
 
+async def planned() -> WorkerPlacement:
+    """A place on both nodes, as soon as there is one: for a moment Ray still reports what was released before."""
+    deadline_s = time.monotonic() + 30.0
+    while True:
+        try:
+            return place(reserve.observe(), two_nodes(), "wide-0")
+        except PlacementError:
+            assert time.monotonic() < deadline_s
+            await asyncio.sleep(0.1)
+
+
 async def test_a_plan_is_reserved_as_planned_and_released(cluster: Cluster) -> None:
-    placement = place(reserve.observe(), two_nodes(), "wide-0")
+    placement = await planned()
     reservation = await reserve.reserve("t/wide-0", placement)
     assert reservation.node_ids == tuple(bundle.node_id for bundle in placement.bundles)
     assert len(set(reservation.node_ids)) == 2
@@ -138,8 +76,7 @@ async def test_a_plan_is_reserved_as_planned_and_released(cluster: Cluster) -> N
 
 
 async def test_what_is_infeasible_is_said_at_once_and_leaves_nothing(cluster: Cluster) -> None:
-    planned = place(reserve.observe(), two_nodes(), "wide-0")
-    gone = [dataclass_replace(bundle, node_id="f" * 56) for bundle in planned.bundles]
+    gone = [dataclass_replace(bundle, node_id="f" * 56) for bundle in (await planned()).bundles]
     began_s = time.monotonic()
     with pytest.raises(ReservationError, match="infeasible"):
         await reserve.reserve("t/wide-0", WorkerPlacement("wide-0", "wide", tuple(gone)), timeout_s=30.0)
@@ -148,18 +85,18 @@ async def test_what_is_infeasible_is_said_at_once_and_leaves_nothing(cluster: Cl
 
 
 async def test_what_another_tenant_holds_is_said_and_leaves_nothing(cluster: Cluster) -> None:
-    planned = place(reserve.observe(), two_nodes(), "wide-0")
-    await reserve.reserve("other", planned)
+    placement = await planned()
+    await reserve.reserve("other", placement)
     with pytest.raises(ReservationError, match="something else holds it"):
-        await reserve.reserve("t/wide-0", planned, timeout_s=0.5)
+        await reserve.reserve("t/wide-0", placement, timeout_s=0.5)
     await reserve.release("other")
     assert await reserve.find("t/") == {}
 
 
 async def test_a_cancelled_reservation_leaves_nothing(cluster: Cluster) -> None:
-    planned = place(reserve.observe(), two_nodes(), "wide-0")
-    await reserve.reserve("other", planned)
-    task = asyncio.create_task(reserve.reserve("t/wide-0", planned, timeout_s=60.0))
+    placement = await planned()
+    await reserve.reserve("other", placement)
+    task = asyncio.create_task(reserve.reserve("t/wide-0", placement, timeout_s=60.0))
     while not await reserve.find("t/"):
         await asyncio.sleep(0.01)
     task.cancel()
