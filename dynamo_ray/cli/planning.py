@@ -125,8 +125,9 @@ def _costs(layout: Layout) -> Iterator[str]:
         yield "traffic between leaves: none, all nodes are in one, or no label says which"
         return
     for name, cost in (("this layout", layout.cost), ("no layout below", layout.bound), ("random", layout.random)):
-        yield f"between leaves, a request, {name}: {_traffic(cost)}"
+        yield f"between leaves, {name}: {_traffic(cost, request.prompt_tokens + request.answer_tokens)}"
 
 
-def _traffic(cost: Traffic) -> str:
-    return f"{cost.alltoall_bytes / 1e9:.2f} GB of all-to-all, {cost.handoff_bytes / 1e6:.1f} MB of KV hand-off"
+def _traffic(cost: Traffic, num_tokens: int) -> str:
+    alltoall = f"{cost.alltoall_bytes / num_tokens / 1e6:.2f} MB of all-to-all a token"
+    return f"{alltoall}, {cost.handoff_bytes / 1e6:.1f} MB of KV hand-off a request"
