@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dynamo_ray.cli import drawing
 from dynamo_ray.cli.checked import check_file
+from dynamo_ray.cli.picture import draw
 from dynamo_ray.cluster.layout import Assumptions, Layout, as_json, plan, read_shape
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError, Problem
@@ -63,7 +64,7 @@ def show(named: tuple[str, Layout], in_json: bool, out: Path | None) -> None:
     """Raises ConfigError for an `out` that is neither an SVG nor a PNG, or cannot be written."""
     name, layout = named
     roles = {group.name: group.name for group in layout.groups}
-    picture = drawing.draw(layout.topology, layout.plan.workers, roles, layout.plan.spares, title=name)
+    picture = draw(layout.topology, layout.plan.workers, roles, layout.plan.spares, title=name)
     if out is not None:
         try:
             drawing.save(picture, out)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from dynamo_ray.cli.drawing import MAX_LINES, Picture, Slot, Use, draw, png, save, svg, terminal
+from dynamo_ray.cli.drawing import png, save, svg, terminal
+from dynamo_ray.cli.picture import MAX_LINES, Picture, Slot, Use, draw
 from placement.cluster_file import read_topology
 from placement.parallelism import Parallelism
 from placement.plan import Bundle, WorkerGroup, WorkerPlacement, plan
