@@ -140,7 +140,7 @@ async def _await_created(name: str, group: PlacementGroup, placement: WorkerPlac
     while True:
         entry = await asyncio.to_thread(placement_group_table, group)
         if entry and entry["state"] == "CREATED":
-            return Reservation(name, group, _node_ids(entry))
+            return _verified(Reservation(name, group, _node_ids(entry)), placement)
         scheduling = entry["stats"]["scheduling_state"] if entry else "UNKNOWN"
         where = ", ".join(f"{bundle.resources} on {bundle.address}" for bundle in placement.bundles)
         if scheduling == "INFEASIBLE":
@@ -150,6 +150,15 @@ async def _await_created(name: str, group: PlacementGroup, placement: WorkerPlac
                 name, f"Ray did not reserve {where} within {timeout_s:g} s ({scheduling}): something else holds it"
             )
         await asyncio.sleep(POLL_S)
+
+
+def _verified(reservation: Reservation, placement: WorkerPlacement) -> Reservation:
+    """Ranks are started by bundle index, so each bundle must be on the node that was planned for it."""
+    planned = tuple(bundle.node_id for bundle in placement.bundles)
+    if reservation.node_ids != planned:
+        reason = f"Ray put {reservation.name} on nodes {reservation.node_ids}, planned were {planned}"
+        raise ReservationError(reservation.name, reason)
+    return reservation
 
 
 def _reserved_by_groups() -> dict[str, Resources]:
