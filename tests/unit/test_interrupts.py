@@ -13,8 +13,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
-def _handlers_as_before() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in SIGNALS]
+def _handlers_as_in_a_terminal() -> Iterator[None]:
+    """Whatever the tests were started under, nohup among it; as before at the end."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in SIGNALS]
     yield
     for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
