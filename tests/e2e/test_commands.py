@@ -186,8 +186,9 @@ def await_line(process: subprocess.Popen[str], text: str) -> None:
 
 
 @contextlib.contextmanager
-def started(*arguments: str, until: str = "ready in ") -> Iterator[subprocess.Popen[str]]:
-    """`dynamo-ray up` in its own session, as soon as it has said that; killed at the end if it still runs."""
+def started(*arguments: str, until: str = " s: http://") -> Iterator[subprocess.Popen[str]]:
+    """`dynamo-ray up` in its own session, as soon as it has said that (its URL, when it is ready); killed at the end if
+    it still runs."""
     process = subprocess.Popen(
         [str(BIN / "dynamo-ray"), "up", *arguments],
         cwd=ROOT,
