@@ -104,7 +104,9 @@ def serve_run(config: Path, model: str, log: Path) -> Iterator[Deployment]:
     document["http_options"]["port"] = port
     moved = log.with_suffix(".yaml")
     moved.write_text(yaml.safe_dump(document))
-    with _running([str(BIN / "serve"), "run", str(moved)], port, model, log) as deployment:
+    # Tests that run in the background of a shell inherit that Ctrl-C is ignored, and Python then does not hear it.
+    command = ["env", "--default-signal=INT", str(BIN / "serve"), "run", str(moved)]
+    with _running(command, port, model, log) as deployment:
         yield deployment
 
 
