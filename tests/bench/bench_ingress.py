@@ -1,10 +1,10 @@
 """What a token costs on its way out: our framed TCP data plane against a Serve handle, in one run.
 
-    python tests/bench/bench_ingress.py [--streams 64] [--tokens 200] [--step-ms 20 1] [--check]
+    python tests/bench/bench_ingress.py [--streams 64] [--tokens 400] [--step-ms 20 0.25] [--check]
 
 The applications are the same HTTP front in the same Serve (HAProxy mode, one ingress replica) over the same
-simulated engine in one worker process, at two paces: a token each 20 ms and stream, as people read, and one each ms,
-which is more than a Serve handle carries. They differ in how tokens come from the worker to the ingress: `tcp` is the
+simulated engine in one worker process, at two paces: a token each 20 ms and stream, as people read, and each 0.25 ms,
+which is more than any of them carries. They differ in how tokens come from the worker to the ingress: `tcp` is the
 product's data plane; `handle-ray` a streaming `DeploymentHandle` over Ray's object transport, which a plain
 `handle.remote()` uses in a Serve without any of our settings; `handle-grpc` the same over gRPC, Serve's choice under
 RAY_SERVE_THROUGHPUT_OPTIMIZED=1. CPU is user + system time of the named processes, over the load's duration, per token.
@@ -216,8 +216,8 @@ def median(costs: list[Cost], part: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--step-ms", type=float, nargs="+", default=[20.0, 1.0])
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--step-ms", type=float, nargs="+", default=[20.0, 0.25])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--port", type=int, default=18_400)
     parser.add_argument("--check", action="store_true")
