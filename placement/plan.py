@@ -177,10 +177,10 @@ def place(
     """
     there = beside or {}
     nodes = {node.node_id: node for node in topology.nodes}
-    allocation = Allocation(topology.nodes, [_job(group, worker)], R1)
+    job = _job(group, worker)
+    allocation = Allocation(topology.nodes, [job], R1)
     for other in there.values():
         allocation.neighbour(other.group, [b.node_id for b in other.bundles if b.node_id in nodes])
-    job = _job(group, worker)
     chosen = allocation.near(job)
     if chosen is None:
         raise _misfit(group, NoPlace(job, topology.nodes), topology)
@@ -219,7 +219,7 @@ def _spares(
 def _misfit(group: WorkerGroup, error: NoPlace, before: Topology) -> PlacementError:
     job = error.job
     fitting = [node for node in error.nodes if job.takes(node)]
-    right_kind = [n for n in error.nodes if group.accelerator in (NO_ACCELERATOR, n.accelerator) and not n.drained]
+    right_kind = [node for node in error.nodes if node.is_kind(group.accelerator) and not node.drained]
     needs = str(group.needs) if group.accelerator == NO_ACCELERATOR else f"{group.needs} ({group.accelerator})"
     found = len(fitting)
     if group.one_domain:

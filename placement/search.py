@@ -52,8 +52,7 @@ class Job:
     """All of them in one NVLink domain."""
 
     def takes(self, node: Node) -> bool:
-        right_kind = self.accelerator in (NO_ACCELERATOR, node.accelerator)
-        return right_kind and not node.drained and self.needs.fits_in(node.free)
+        return node.takes(self.needs, self.accelerator)
 
 
 class NoPlace(Exception):

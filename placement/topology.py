@@ -84,6 +84,14 @@ class Node:
     drained: bool = False
     """Takes no new workers."""
 
+    def is_kind(self, accelerator: str) -> bool:
+        """Whether workers of that accelerator may run here; those that compute on CPUs may anywhere."""
+        return accelerator in (NO_ACCELERATOR, self.accelerator)
+
+    def takes(self, needs: Resources, accelerator: str) -> bool:
+        """Whether a new worker of that accelerator finds this free here."""
+        return self.is_kind(accelerator) and not self.drained and needs.fits_in(self.free)
+
     @property
     def num_cores(self) -> int:
         """Cores are numbered 0..num_cores-1; their owner maps them to those its process may use. 0: it is not known."""

@@ -16,12 +16,11 @@ from dynamo_ray.cli.picture import draw
 from dynamo_ray.cluster.layout import Assumptions, Layout, as_json, plan, read_shape
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError, Problem
+from placement.gpus import GIB
 from placement.memory import Fit
 from placement.model_shape import KvDtype
 from placement.topology import Topology, TopologyError
 from placement.traffic import Traffic
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from placement.memory import Fit, fit, kv_cost
 from placement.model_shape import KvDtype, ModelShape, read_config
 from placement.plan import PlacementError, Plan, WorkerGroup
 from placement.plan import plan as assign
-from placement.topology import NO_ACCELERATOR, Node, Topology, TopologyError
+from placement.topology import NO_ACCELERATOR, Topology, TopologyError
 from placement.traffic import Leaves, RequestShape, Traffic, leaves_of, request_shape, traffic
 
 SHAPES = Path(__file__).parents[1] / "models" / "shapes"
@@ -223,12 +223,13 @@ def _random(topology: Topology, groups: Sequence[WorkerGroup], request: RequestS
 
 def _random_layouts(topology: Topology, groups: Sequence[WorkerGroup]) -> Iterator[dict[str, list[Leaves]]]:
     """Always the same ones; one that runs out of nodes is left out."""
-    wanted = sorted(((g, w) for g in groups for w in g.workers), key=lambda item: -item[0].needs.gpus)
+    widest_first = sorted(groups, key=lambda group: -group.needs.gpus)
+    wanted = [group for group in widest_first for _ in group.workers]
     for seed in range(NUM_RANDOM_LAYOUTS):
         chance, nodes = random.Random(seed), {node.node_id: node for node in topology.nodes}
         leaves: dict[str, list[Leaves]] = {group.name: [] for group in groups}
-        for group, _ in wanted:
-            fitting = [node for node in nodes.values() if _takes(group, node)]
+        for group in wanted:
+            fitting = [node for node in nodes.values() if node.takes(group.needs, group.accelerator)]
             if len(fitting) < group.nodes:
                 break
             chosen = chance.sample(fitting, group.nodes)
@@ -236,8 +237,3 @@ def _random_layouts(topology: Topology, groups: Sequence[WorkerGroup]) -> Iterat
             nodes |= {node.node_id: replace(node, free=node.free - group.needs) for node in chosen}
         else:
             yield leaves
-
-
-def _takes(group: WorkerGroup, node: Node) -> bool:
-    right_kind = group.accelerator in (NO_ACCELERATOR, node.accelerator)
-    return right_kind and not node.drained and group.needs.fits_in(node.free)

@@ -92,7 +92,7 @@ class Dispatch:
             "dynamo_ray_index_orphan_blocks_total",
             "Blocks whose parent was unknown",
             {},
-            self.router.index.orphan_blocks,
+            index.orphan_blocks,
         )
         yield "dynamo_ray_kv_event_gaps_total", "Gaps seen in KV events", {}, self.events.num_gaps
         yield "dynamo_ray_retries_total", "Requests moved to other workers", {}, self.router.num_retries

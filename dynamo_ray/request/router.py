@@ -85,7 +85,7 @@ class Router:
         self.num_retries = 0
         self._routed = RoutedPrefixes()
         self._silent: set[Holder] = set()
-        """Ranks that cache prompts and tell nothing of it."""
+        """Ranks whose cache is guessed: it matters here, and they tell nothing of it."""
 
     def up(self, info: WorkerInfo) -> None:
         holders = _holders(info)
@@ -93,14 +93,13 @@ class Router:
             self.index.add_holder(holder)
             self.table.add_holder(holder)
         told = self._config.events != "none" and info.engine.kv_event_sources
-        if info.engine.caches_prefixes and not told:
+        if info.engine.caches_prefixes and not told and self._config.router.policy in READS_OVERLAP:
             self._silent.update(holders)
-            if self._config.router.policy in READS_OVERLAP:
-                log.warning(
-                    "%s publishes no KV events: what it caches is guessed from what was sent there in the last %g s",
-                    info.worker,
-                    self._routed.ttl_s,
-                )
+            log.warning(
+                "%s publishes no KV events: what it caches is guessed from what was sent there in the last %g s",
+                info.worker,
+                self._routed.ttl_s,
+            )
 
     def down(self, info: WorkerInfo) -> None:
         for holder in _holders(info):
