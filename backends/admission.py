@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backends.engine import EngineError, EngineInfo, GenerateRequest, Role
+from backends.engine import Command, EngineError, EngineInfo, GenerateRequest, Role
 
 
 def check(request: GenerateRequest, info: EngineInfo, vocab_size: int) -> None:
@@ -28,6 +28,13 @@ def check(request: GenerateRequest, info: EngineInfo, vocab_size: int) -> None:
         raise _refusal(f"{sampling.logprobs} logprobs are asked for; at most {info.max_logprobs}", "logprobs")
     if sampling.max_tokens < 1:
         raise _refusal(f"max_tokens is {sampling.max_tokens}; at least 1", "max_tokens")
+
+
+def no_such_control(command: Command, info: EngineInfo) -> EngineError:
+    """What an engine says to a command that it has not."""
+    name = command.__struct_config__.tag
+    have = f"it has {', '.join(info.controls)}" if info.controls else "it has none"
+    return EngineError(f"{info.backend} as it was started has no command {name!r}; {have}", False, "command")
 
 
 def _needs_handoff(leg: Role, info: EngineInfo) -> bool:

@@ -39,6 +39,27 @@ class KVHandoff(msgspec.Struct, frozen=True):
     params: dict[str, Any]
 
 
+class Structure(msgspec.Struct, frozen=True):
+    """What the answer must look like; the engine masks every token that would break it."""
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    value: str = ""
+    """The JSON schema as JSON text, the regular expression, or the grammar in EBNF; empty for `json_object`."""
+
+
+class Feature(StrEnum):
+    """What a request may ask for that not every engine has, or not as it was started."""
+
+    SEED = "seed"
+    MIN_P = "min_p"
+    CACHE_SALT = "cache_salt"
+    PRIORITY = "priority"
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are chosen. Stop strings are not here: the ingress detokenises, so it applies them."""
 
@@ -57,6 +78,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the chosen token's logprob and the k most likely alternatives."""
+    structure: Structure | None = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -72,6 +94,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     handoff: KVHandoff | None = None
     """Set on a decode leg, and on a prefill leg of a `concurrent` engine."""
     cache_salt: str | None = None
+    lora: str | None = None
+    """The name of an adapter in `EngineInfo.loras`."""
+    priority: int = 0
+    """Greater runs earlier, whatever the engine's own order is."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -139,6 +165,54 @@ class EngineInfo(msgspec.Struct, frozen=True):
     bootstrap_address: str | None = None
     """host:port of a `concurrent` prefill engine's rendezvous server."""
     max_logprobs: int = 0
+    first_dp_rank: int = 0
+    """Of this node's ranks within the worker's, where every node serves its own; `GenerateRequest.dp_rank` counts from
+    0 on each."""
+    features: tuple[Feature, ...] = ()
+    loras: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    """Names of the commands that `Engine.control` takes here."""
+
+
+class Pause(msgspec.Struct, frozen=True, tag="pause"):
+    """Stop stepping: requests inside keep their KV and go on at Resume, or are aborted."""
+
+    abort: bool = False
+
+
+class Resume(msgspec.Struct, frozen=True, tag="resume"):
+    """Undo Pause."""
+
+
+class UpdateWeights(msgspec.Struct, frozen=True, tag="update_weights"):
+    """Load other weights of the same architecture; cached prefixes are dropped."""
+
+    path: str
+
+
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """Give the GPU's memory back: weights move to the host's memory, or are dropped where `discard_weights`."""
+
+    discard_weights: bool = False
+
+
+class Wake(msgspec.Struct, frozen=True, tag="wake"):
+    """Undo Sleep; dropped weights need an UpdateWeights after it."""
+
+
+Command = Pause | Resume | UpdateWeights | Sleep | Wake
+"""What a researcher does to a running engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlace:
+    """One of a worker's nodes, as the others need to know it."""
+
+    address: str = "127.0.0.1"
+    """Other nodes reach it here; its sockets bind here, but for those an adapter names."""
+    ports: tuple[int, ...] = ()
+    """Consecutive free ports that belong to this worker alone, for what others must be told beforehand; an adapter
+    takes them in order. Everything else may listen on free ports of its engine's choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,23 +228,40 @@ class LaunchSpec:
     moe_ep: int = 1
     moe_tp: int = 1
     pp: int = 1
-    num_nodes: int = 1
+    redundant_experts: int = 0
     node_rank: int = 0
-    node_address: str = "127.0.0.1"
-    """The address other nodes reach this one at; sockets bind here, but for those an adapter names."""
-    leader_address: str = "127.0.0.1"
-    """node_address of node_rank 0."""
-    leader_ports: tuple[int, ...] = ()
-    """`ports` of node_rank 0, for what the other nodes connect to."""
-    ports: tuple[int, ...] = ()
-    """Free ports on this node that belong to this worker alone, for what others must be told beforehand; an adapter
-    takes them in order. Everything else may listen on free ports of its engine's choice."""
+    nodes: tuple[NodePlace, ...] = (NodePlace(),)
+    """All of the worker's nodes, in node_rank order; the first is its leader."""
     cores: tuple[int, ...] = ()
     """CPU engines: the cores to compute on, one or more a rank, in rank order. Empty: not pinned."""
     transfer_backend: str = "nixl"
     kv_events: bool = True
+    version: str | None = None
+    """The engine's version that the configuration is for; None: whichever is installed, if it is supported."""
+    launcher: Literal["processes", "ray"] = "processes"
+    """`ray`: the leader's engine starts its ranks itself, as Ray actors in the worker's placement group."""
+    loras: Mapping[str, str] = field(default_factory=dict)
+    """Adapters by name, and their folders."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """The user's, under the engine's own names; already checked against what we own."""
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def place(self) -> NodePlace:
+        """This node's."""
+        return self.nodes[self.node_rank]
+
+    @property
+    def leader(self) -> NodePlace:
+        return self.nodes[0]
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs, or processes on CPU, of the whole worker."""
+        return self.attn_tp * self.attn_dp * self.pp
 
 
 class EngineError(Exception):
@@ -202,8 +293,11 @@ class Engine(Protocol):
     Everything the engine started (processes, sockets, shared memory) is gone when `stop` returns.
     """
 
-    async def start(self) -> EngineInfo:
+    async def start(self) -> EngineInfo | None:
         """Start and load the model; returns when requests can be served.
+
+        Returns:
+            None on a node whose ranks are served through its leader; an EngineInfo on every node that takes requests.
 
         Raises:
             EngineStartError: It cannot start; nothing is left running.
@@ -241,6 +335,15 @@ class Engine(Protocol):
 
     async def died(self) -> str:
         """Return, with the reason, only when the engine has died by itself."""
+        ...
+
+    async def control(self, command: Command) -> None:
+        """Carry out a command on this node's share; returns when it has taken effect.
+
+        Raises:
+            EngineError: This engine has no such command, or not as it was started (not retryable, names the engine
+                argument that would give it), or it failed.
+        """
         ...
 
     async def stop(self) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from backends import admission
 from backends.engine import (
+    Command,
     EngineError,
     EngineInfo,
     EngineStartError,
@@ -103,7 +104,7 @@ class SimulatedEngine:
         self._work = asyncio.Event()
         self._death: asyncio.Future[str] | None = None
         self._loop_task: asyncio.Task[None] | None = None
-        self._fabric = Fabric(spec.node_address, self._release_held)
+        self._fabric = Fabric(spec.place.address, self._release_held)
         self._next_rank = 0
         self.args = SimulatedArgs()
         self.computed_tokens = 0
@@ -168,6 +169,9 @@ class SimulatedEngine:
         self._fabric.close()
         self._lose_all(f"the engine died: {reason}")
 
+    async def control(self, command: Command) -> None:
+        raise admission.no_such_control(command, self._check_serving())
+
     async def stop(self) -> None:
         await self._startup.end()
         await self._shut_down()
@@ -180,12 +184,12 @@ class SimulatedEngine:
         try:
             if spec.kv_events:
                 for _ in range(ranks):
-                    self._publishers.append(KVEventPublisher(spec.node_address))
+                    self._publishers.append(KVEventPublisher(spec.place.address))
             if spec.role is Role.PREFILL:
                 address = await self._fabric.listen()
         except OSError as error:
             await self._shut_down()
-            raise EngineStartError(f"the simulated engine cannot listen on {spec.node_address}: {error}") from error
+            raise EngineStartError(f"the simulated engine cannot listen on {spec.place.address}: {error}") from error
         self._death = asyncio.get_running_loop().create_future()
         self._ranks = [BlockPool(args.kv_blocks, args.block_size) for _ in range(ranks)]
         self._waiting = [deque() for _ in range(ranks)]

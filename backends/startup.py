@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
-from backends.engine import EngineInfo, EngineStartError
+from backends.engine import EngineStartError
+
+T = TypeVar("T")
 
 
 class Startup:
     """Runs an engine's start in a task of its own."""
 
     def __init__(self) -> None:
-        self._task: asyncio.Task[EngineInfo] | None = None
+        self._task: asyncio.Task[Any] | None = None
 
-    async def run(self, start: Coroutine[Any, Any, EngineInfo]) -> EngineInfo:
+    async def run(self, start: Coroutine[Any, Any, T]) -> T:
         """Return what `start` returns; cancelling this cancels it.
 
         Raises:

@@ -23,6 +23,7 @@ from typing import Any
 
 from backends import admission, vllm_args, vllm_requests
 from backends.engine import (
+    Command,
     EngineError,
     EngineInfo,
     EngineStartError,
@@ -117,6 +118,9 @@ class VLLMEngine:
         assert self._watch is not None, "start() comes first"
         return await asyncio.shield(self._watch.death)
 
+    async def control(self, command: Command) -> None:
+        raise admission.no_such_control(command, self._check_serving())
+
     async def stop(self) -> None:
         await self._startup.end()
         await self._shut_down()
@@ -161,12 +165,12 @@ class VLLMEngine:
     def _environment(self, on_cpu: bool) -> tuple[dict[str, str], dict[str, str]]:
         """What must be so, and what is so unless the process's environment says otherwise."""
         spec = self.spec
-        port = consecutive_ports(spec.ports, spec.attn_dp)
-        if port is None and spec.ports:
-            raise EngineStartError(f"ports: no {spec.attn_dp} consecutive ones among {spec.ports}")
+        port = consecutive_ports(spec.place.ports, spec.attn_dp)
+        if port is None and spec.place.ports:
+            raise EngineStartError(f"ports: no {spec.attn_dp} consecutive ones among {spec.place.ports}")
         if port is None:
-            port = free_consecutive_ports(spec.node_address, spec.attn_dp)
-        return vllm_args.environment(spec, on_cpu, self._socket_folder, port, interface_of(spec.node_address))
+            port = free_consecutive_ports(spec.place.address, spec.attn_dp)
+        return vllm_args.environment(spec, on_cpu, self._socket_folder, port, interface_of(spec.place.address))
 
     def _launch(self, args: dict[str, Any]) -> Any:
         """Runs in the launcher's thread; returns when every rank has loaded the model."""

@@ -81,7 +81,7 @@ def engine_args(spec: LaunchSpec, on_cpu: bool) -> dict[str, Any]:
     if spec.attn_tp * spec.pp == 1:
         args["distributed_executor_backend"] = UNIPROC_EXECUTOR
     if spec.attn_dp > 1:
-        args["data_parallel_address"] = spec.leader_address
+        args["data_parallel_address"] = spec.leader.address
     if spec.role is not Role.AGGREGATED:
         args["kv_transfer_config"] = _transfer(spec, on_cpu)
     if spec.kv_events:
@@ -113,13 +113,13 @@ def environment(
     Args:
         socket_folder: where vLLM puts the Unix sockets between its processes; it never removes them.
         side_channel_port: rank r of a prefill or decode engine listens for NIXL handshakes on this plus r.
-        interface: the network interface of `spec.node_address`, where it is known.
+        interface: the network interface of `spec.place.address`, where it is known.
 
     Returns:
         What must be so because it differs from engine to engine, and what is so unless the process's environment says
         otherwise.
     """
-    must = {"VLLM_HOST_IP": spec.node_address, "VLLM_RPC_BASE_PATH": socket_folder}
+    must = {"VLLM_HOST_IP": spec.place.address, "VLLM_RPC_BASE_PATH": socket_folder}
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -129,7 +129,7 @@ def environment(
     }
     if spec.role is not Role.AGGREGATED:
         must |= {
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.node_address,
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.place.address,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port),
         }
         # vLLM sets this too, but not where NIXL was imported before.

@@ -21,6 +21,9 @@ class ModelConfig(_Frozen):
     path: str
     """Folder with config.json, tokenizer.json and, for a real engine, the weights; ~ is expanded."""
 
+    loras: dict[Annotated[str, Field(min_length=1)], str] = {}
+    """LoRA adapters: the name clients send as `model`, and the adapter's folder."""
+
     @property
     def folder(self) -> Path:
         return Path(self.path).expanduser()
@@ -77,6 +80,8 @@ class RoleConfig(_Frozen):
     resources: ResourcesConfig = ResourcesConfig()
     env: dict[str, str] = {}
     """Environment of the engine's processes."""
+    launcher: Literal["processes", "ray"] = "processes"
+    """`processes`: each node starts its own share of the engine. `ray`: the engine starts its ranks as Ray actors."""
     engine_args: dict[str, Any] = {}
     """Passed to the engine under its own names."""
 
@@ -129,6 +134,8 @@ class DeploymentConfig(_Frozen):
 
     model: ModelConfig
     backend: Literal["simulated", "vllm"]
+    engine_version: str | None = None
+    """Engine flags are checked against this version, and no other may be installed; None: the newest supported."""
     accelerator: str = "cpu"
     """`cpu`, or a GPU type as Ray labels it (H100, H200, B200, GB200, ...)."""
     prefill: RoleConfig | None = None

@@ -12,9 +12,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from backends.engine import NodePlace
 from dynamo_ray.cluster import processes, workload
 from dynamo_ray.cluster.node import Assignment, Description, EngineNode
-from dynamo_ray.cluster.workload import Prepared, Work
+from dynamo_ray.cluster.workload import Work
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request.wire import WorkerInfo
 from placement.plan import WorkerPlacement
@@ -97,7 +98,7 @@ async def start(
     """
     actors = tuple(_create(work, assignment, reservation) for assignment in assignments)
     ports = workload.num_ports(work.config)
-    prepared: list[Prepared] = await _all([actor.prepare.remote(ports) for actor in actors])
+    prepared: list[NodePlace] = await _all([actor.prepare.remote(ports) for actor in actors])
     specs = workload.launch_specs(config, work, placement, prepared)
     progress("loading the model")
     answers: list[WorkerInfo | None] = await _all(

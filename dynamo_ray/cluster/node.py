@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import ray
 
 import backends
-from backends.engine import Engine, EngineStartError, LaunchSpec
+from backends.engine import Engine, EngineStartError, LaunchSpec, NodePlace
 from dynamo_ray.cluster.ports import PortBlock, reserve_ports
 from dynamo_ray.cluster.presence import Presence, presence
 from dynamo_ray.cluster.processes import kill_predecessors
 from dynamo_ray.cluster.worker import WorkerServer
-from dynamo_ray.cluster.workload import Prepared
 from dynamo_ray.request.wire import WorkerInfo
 from placement import reserve
 from placement.plan import Bundle
@@ -72,7 +71,7 @@ class EngineNode:
         self._renewed_s = time.monotonic()
         self._lease: asyncio.Task[None] | None = None
 
-    async def prepare(self, num_ports: int) -> Prepared:
+    async def prepare(self, num_ports: int) -> NodePlace:
         """Take ports, and make sure that nothing of an earlier incarnation still runs on this node.
 
         Raises:
@@ -82,7 +81,7 @@ class EngineNode:
         await asyncio.to_thread(kill_predecessors)
         address = ray.util.get_node_ip_address()
         self._ports = reserve_ports(address, num_ports)
-        return Prepared(address, self._ports.ports)
+        return NodePlace(address, self._ports.ports)
 
     async def start(self, backend: str, spec: LaunchSpec, secret: bytes, max_queued_requests: int) -> WorkerInfo | None:
         """Start this node's share of the engine; on the leader, serve it, and say where.
@@ -93,13 +92,13 @@ class EngineNode:
         try:
             self._engine = backends.create(backend, spec)
             engine_info = await self._engine.start()
-            if spec.node_rank == 0:
+            if engine_info is not None:
                 self._server = WorkerServer(
                     self._engine,
                     worker=spec.worker,
                     epoch=self._assignment.epoch,
                     secret=secret,
-                    host=spec.node_address,
+                    host=spec.place.address,
                     max_queued_requests=max_queued_requests,
                 )
                 self._info = await self._server.start(engine_info)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from backends.engine import LaunchSpec, Role
+from backends.engine import LaunchSpec, NodePlace, Role
 from dynamo_ray import __version__
 from dynamo_ray.config import DeploymentConfig, ParallelismConfig, RoleConfig
 from placement.parallelism import Parallelism
@@ -22,14 +23,6 @@ class Work:
     config: RoleConfig
     group: WorkerGroup
     config_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What the other nodes of the worker need to know before the engine starts."""
-
-    address: str
-    ports: tuple[int, ...]
 
 
 def widths(config: ParallelismConfig) -> Parallelism:
@@ -74,6 +67,7 @@ def config_hash(config: DeploymentConfig, role: Role) -> str:
         "version": __version__,
         "model": config.model.model_dump(mode="json"),
         "backend": config.backend,
+        "engine_version": config.engine_version,
         "accelerator": config.accelerator,
         "role": role_config.model_dump(mode="json", exclude={"replicas"}),
         "transfer": config.transfer.model_dump(mode="json"),
@@ -89,10 +83,11 @@ def num_ports(config: RoleConfig) -> int:
 
 
 def launch_specs(
-    config: DeploymentConfig, work: Work, placement: WorkerPlacement, prepared: list[Prepared]
+    config: DeploymentConfig, work: Work, placement: WorkerPlacement, prepared: list[NodePlace]
 ) -> list[LaunchSpec]:
     """What each node starts, in node_rank order."""
     shape = work.config.parallelism
+    nodes = tuple(prepared)
     return [
         LaunchSpec(
             worker=work.worker,
@@ -104,16 +99,16 @@ def launch_specs(
             moe_ep=shape.moe_ep,
             moe_tp=shape.moe_tp_size,
             pp=shape.pp,
-            num_nodes=work.config.nodes,
+            redundant_experts=shape.redundant_experts,
             node_rank=bundle.node_rank,
-            node_address=here.address,
-            leader_address=prepared[0].address,
-            leader_ports=prepared[0].ports,
-            ports=here.ports,
+            nodes=nodes,
             cores=bundle.cores,
             transfer_backend=config.transfer.backend,
             kv_events=config.events != "none",
+            version=config.engine_version,
+            launcher=work.config.launcher,
+            loras={name: str(Path(path).expanduser()) for name, path in config.model.loras.items()},
             engine_args=dict(work.config.engine_args),
         )
-        for bundle, here in zip(placement.bundles, prepared, strict=True)
+        for bundle in placement.bundles
     ]

@@ -81,7 +81,7 @@ async def test_one_socket_of_the_first_rank_alone_listens_beyond_the_nodes_addre
         listening = [each for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
         return [each.laddr.ip for each in listening if each.laddr.ip != address]
 
-    address = dep_site.decode.spec.node_address  # type: ignore[attr-defined]
+    address = dep_site.decode.spec.place.address  # type: ignore[attr-defined]
     first, *others = engine_processes(dep_site.decode)
     assert elsewhere(first, address) == ["::"]
     for process in (*others, *engine_processes(dep_site.prefill)):

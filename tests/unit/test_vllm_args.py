@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backends.engine import EngineStartError, LaunchSpec, Role
+from backends.engine import EngineStartError, LaunchSpec, NodePlace, Role
 from backends.vllm_args import (
     CORES_VARIABLE,
     OWNED,
@@ -69,7 +69,7 @@ def test_an_unknown_argument_is_refused_with_the_nearest_known() -> None:
 @pytest.mark.parametrize(
     ("field", "fields"),
     [
-        ("nodes", {"num_nodes": 2}),
+        ("nodes", {"nodes": (NodePlace(), NodePlace())}),
         ("parallelism.moe_ep", {"attn_dp": 4, "moe_ep": 2}),
         ("resources.cpus", {"attn_dp": 2, "cores": (0, 1, 2)}),
         ("transfer.backend", {"transfer_backend": "mooncake"}),
@@ -86,7 +86,7 @@ def test_events_are_published_only_where_they_are_asked_for() -> None:
 
 
 def test_every_socket_is_bound_to_the_nodes_address() -> None:
-    values = environment_of(node_address="10.0.0.7")
+    values = environment_of(nodes=(NodePlace("10.0.0.7"),))
     assert values["VLLM_HOST_IP"] == values["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.7"
     assert values["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5600"
     assert "VLLM_NIXL_SIDE_CHANNEL_PORT" not in environment_of(role=Role.AGGREGATED)

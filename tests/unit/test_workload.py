@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from backends.engine import Role
-from dynamo_ray.cluster.workload import Prepared, config_hash, launch_specs, num_ports, works
+from backends.engine import NodePlace, Role
+from dynamo_ray.cluster.workload import config_hash, launch_specs, num_ports, works
 from dynamo_ray.config import DeploymentConfig
 from placement.plan import plan
 from placement.topology import Node, Resources, Topology
@@ -41,11 +41,11 @@ def test_every_node_is_told_its_rank_its_ports_and_the_leader_s() -> None:
     free = Resources(8.0, 0, 2**34)
     topology = Topology(tuple(Node(str(i), f"10.0.0.{i}", free, free) for i in range(2)))
     placement = plan(topology, [work.group]).of("decode-0")
-    prepared = [Prepared(f"10.0.0.{i}", (100 * i + 1, 100 * i + 2)) for i in range(2)]
+    prepared = [NodePlace(f"10.0.0.{i}", (100 * i + 1, 100 * i + 2)) for i in range(2)]
     first, second = launch_specs(checked, work, placement, prepared)
     assert (first.node_rank, second.node_rank, second.num_nodes) == (0, 1, 2)
-    assert second.leader_address == "10.0.0.0"
-    assert (second.ports, second.leader_ports) == ((101, 102), (1, 2))
+    assert second.leader == NodePlace("10.0.0.0", (1, 2))
+    assert second.place == NodePlace("10.0.0.1", (101, 102))
     assert (second.attn_dp, second.moe_ep, second.moe_tp) == (4, 4, 1)
     assert placement.bundles[0].resources == Resources(1.0, 0, 2**30)
     assert num_ports(work.config) >= 2
