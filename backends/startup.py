@@ -23,9 +23,9 @@ class Startup:
         Raises:
             EngineStartError: `end` was called meanwhile.
         """
-        self._task = asyncio.create_task(start)
+        task = self._task = asyncio.create_task(start)
         try:
-            return await self._task
+            return await task
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if caller is not None and caller.cancelling():
