@@ -23,7 +23,8 @@ class Startup:
         Raises:
             EngineStartError: `end` was called meanwhile.
         """
-        task = self._task = asyncio.create_task(start)
+        task: asyncio.Task[T] = asyncio.create_task(start)
+        self._task = task
         try:
             return await task
         except asyncio.CancelledError:
