@@ -52,6 +52,7 @@ class Feature(StrEnum):
 
     SEED = "seed"
     MIN_P = "min_p"
+    MIN_TOKENS = "min_tokens"
     CACHE_SALT = "cache_salt"
     PRIORITY = "priority"
     JSON_OBJECT = "json_object"

@@ -34,17 +34,16 @@ from backends.engine import (
     Role,
     TokenChunk,
 )
-from backends.startup import Startup
-from backends.vllm_cpu_fixes import installed_version
-from backends.vllm_processes import (
-    FAILURE_FILE,
+from backends.processes import (
     DeathWatch,
     Launcher,
     consecutive_ports,
     free_consecutive_ports,
     interface_of,
-    launch_with_our_mains,
 )
+from backends.startup import Startup
+from backends.vllm_cpu_fixes import installed_version
+from backends.vllm_processes import FAILURE_FILE, launch_with_our_mains
 from backends.vllm_requests import PromptSources
 from backends.vllm_stats import EngineCounters, RankRecorder
 

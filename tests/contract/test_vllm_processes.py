@@ -16,7 +16,7 @@ import psutil
 import pytest
 from engines import TINY_DEEPSEEK
 
-from backends.vllm_processes import Launcher
+from backends.processes import Launcher
 from dynamo_ray import models
 
 START_AND_WAIT = """
