@@ -18,7 +18,8 @@ While serving (`RequestError`), as an HTTP status before the first byte and as a
 | InternalError | 500 | server_error / internal_error | a bug of ours; the log has the request id |
 
 What cannot be replayed after its worker died mid-stream, and so ends in WorkerLost: sampling without a seed under a
-presence or frequency penalty (the penalty counts generated tokens, which a continuation would count as prompt).
+presence or frequency penalty (it counts generated tokens, which a continuation would count as prompt) or to a structure
+(a continuation would begin it anew).
 
 While starting, as an exit code of `dynamo-ray`:
 

@@ -46,6 +46,8 @@ class Attempt:
             dp_rank=dp_rank,
             handoff=handoff,
             cache_salt=self.request.cache_salt,
+            lora=self.request.lora,
+            priority=self.request.priority,
         )
 
     def deliver(self, chunk: TokenChunk) -> TokenChunk | None:
@@ -78,8 +80,8 @@ class Attempt:
             case "restart":
                 return replace(retried, skip=len(self.delivered), token_ids=prompt)
         raise WorkerLost(
-            f"lost after {len(self.delivered)} tokens, and a request with a presence or frequency penalty and no "
-            f"seed cannot be replayed: {failure}"
+            f"lost after {len(self.delivered)} tokens, and an answer that is sampled without a seed, under a presence "
+            f"or frequency penalty or to a structure, cannot be replayed: {failure}"
         ) from failure
 
     def deadline_error(self) -> RequestError:
@@ -99,14 +101,15 @@ def resumption(sampling: Sampling) -> Literal["continue", "restart"] | None:
     """How an answer whose worker died goes on, token-exact where the engine is; None: it cannot.
 
     `continue`: what was delivered becomes prompt. Not under a seed, because an engine's generator cannot be moved to
-    the middle of a sequence; not under penalties that count generated tokens only. `restart`: computed again from the
-    start, and what was delivered is skipped; only where the same tokens come again.
+    the middle of a sequence; not under penalties that count generated tokens only, nor to a structure, of which an
+    engine would begin another one. `restart`: computed again from the start, and what was delivered is skipped; only
+    where the same tokens come again.
     """
-    penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
+    counts_from_start = bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.structure)
     sampled = sampling.temperature > 0
     if sampled and sampling.seed is None:
-        return None if penalised else "continue"
-    return "restart" if sampled or penalised else "continue"
+        return None if counts_from_start else "continue"
+    return "restart" if sampled or counts_from_start else "continue"
 
 
 def _after(sampling: Sampling, num_delivered: int) -> Sampling:

@@ -12,7 +12,7 @@ import msgspec
 
 from backends.engine import Sampling
 from dynamo_ray.errors import InternalError, InvalidRequest
-from dynamo_ray.request import openai
+from dynamo_ray.request import openai, structure
 from dynamo_ray.request.answer import Answer, ChatShape, Shape, TextShape, Usage
 from dynamo_ray.request.choice import Choice, Delta
 from dynamo_ray.request.exchange import EVENT_STREAM, ClientGone, Exchange
@@ -37,10 +37,12 @@ CHAT, TEXT = ChatShape(), TextShape()
 @dataclass(frozen=True, slots=True)
 class Settings:
     model: str
-    """The one name that is served."""
+    """Its name."""
     max_body_bytes: int = 8 * 1024 * 1024
     api_keys: tuple[str, ...] = ()
     request_timeout_s: float = 600.0
+    loras: tuple[str, ...] = ()
+    """Names of the model's adapters, which are served like models of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +74,14 @@ class Completions:
     async def chat(self, exchange: Exchange) -> None:
         """Raises RequestError, ClientGone."""
         raw = await exchange.json_body(self._settings.max_body_bytes)
-        body = openai.parse_chat(raw, self._settings.model)
+        body = openai.parse_chat(raw, self._settings.model, self._settings.loras)
         prompt = await self._tokeniser.encode_chat(openai.template_messages(body))
         await self._answer(self._job(exchange, body, CHAT, [prompt]))
 
     async def complete(self, exchange: Exchange) -> None:
         """Raises RequestError, ClientGone."""
         raw = await exchange.json_body(self._settings.max_body_bytes)
-        body = openai.parse_completion(raw, self._settings.model)
+        body = openai.parse_completion(raw, self._settings.model, self._settings.loras)
         prompts = [p if isinstance(p, list) else await self._tokeniser.encode(p) for p in openai.prompts(body)]
         await self._answer(self._job(exchange, body, TEXT, prompts))
 
@@ -88,13 +90,23 @@ class Completions:
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s(exchange)
         limit, eos = self._service.max_model_len, self._tokeniser.eos_token_ids
         answer_id = shape.id_prefix + exchange.unique_id
+        asked = structure.wanted(body)
+        lora = None if body.model == self._settings.model else body.model
         generations: list[Generation] = []
         for prompt in prompts:
-            sampling = openai.sampling(body, len(prompt), limit, eos)
-            for index in range(body.n or 1):
-                own = _with_seed(sampling, index)
-                generation_id = f"{answer_id}-{len(generations)}"
-                generations.append(Generation(generation_id, prompt, own, body.cache_salt, deadline_s))
+            sampling = openai.sampling(body, len(prompt), limit, eos, None if asked is None else asked.structure)
+            generations += [
+                Generation(
+                    request_id=f"{answer_id}-{len(generations) + index}",
+                    token_ids=prompt,
+                    sampling=_with_seed(sampling, index),
+                    cache_salt=body.cache_salt,
+                    lora=lora,
+                    priority=body.priority or 0,
+                    deadline_s=deadline_s,
+                )
+                for index in range(body.n or 1)
+            ]
         stops = openai.stops(body)
         choices = tuple(
             Choice(index, generation.sampling, self._tokeniser.detokeniser(generation.token_ids), stops)
@@ -203,6 +215,8 @@ class Completions:
                     if delta.finish_reason is not None:
                         return
             raise InternalError("the answer ended without a finish reason")
+        except InvalidRequest as error:  # refused by an engine, which has names of its own for what a client sends
+            raise InvalidRequest(error.message, openai.field_of(job.body, error.field)) from error
         finally:
             progress.ended(choice.num_tokens)
 

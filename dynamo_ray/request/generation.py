@@ -15,5 +15,8 @@ class Generation:
     token_ids: list[int]
     sampling: Sampling
     cache_salt: str | None = None
+    lora: str | None = None
+    """The adapter's name; None: the model itself."""
+    priority: int = 0
     deadline_s: float | None = None
     """On the loop's clock; None: the deployment's limit from its beginning on."""

@@ -18,10 +18,10 @@ from dynamo_ray.errors import (
     NotReady,
     RequestError,
     Unauthorized,
-    UnknownModel,
 )
 from dynamo_ray.request.completions import Completions, Settings
 from dynamo_ray.request.exchange import ClientGone, Exchange, Receive, Scope, Send
+from dynamo_ray.request.openai import unknown_model
 from dynamo_ray.request.openapi import document
 from dynamo_ray.request.service import Service
 from dynamo_ray.request.tokens import Tokeniser
@@ -130,13 +130,17 @@ class Front:
             raise Unauthorized("no valid API key; send the header Authorization: Bearer <key>")
 
     async def _models(self, exchange: Exchange) -> None:
-        served = self._settings.model
-        model: dict[str, Any] = {"id": served, "object": "model", "created": self._started_unix_s}
-        model["owned_by"] = "dynamo_ray"
-        asked = exchange.path.removeprefix(MODELS)
-        if asked not in ("", f"/{served}"):
-            raise UnknownModel(f"the model `{asked[1:]}` does not exist here; this server has `{served}`", "model")
-        await _reply_json(exchange, model if asked else {"object": "list", "data": [model]})
+        served, loras = self._settings.model, self._settings.loras
+        models = {name: self._model(name, None if name == served else served) for name in (served, *loras)}
+        asked = exchange.path.removeprefix(MODELS)[1:]
+        if asked and asked not in models:
+            raise unknown_model(asked, served, loras)
+        await _reply_json(exchange, models[asked] if asked else {"object": "list", "data": list(models.values())})
+
+    def _model(self, name: str, parent: str | None) -> dict[str, Any]:
+        """As vLLM describes one; an adapter's parent is the model it is for."""
+        described = {"id": name, "object": "model", "created": self._started_unix_s, "owned_by": "dynamo_ray"}
+        return described if parent is None else {**described, "parent": parent}
 
     async def _health(self, exchange: Exchange) -> None:
         await _reply_json(exchange, {"status": "alive"})

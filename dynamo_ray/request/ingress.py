@@ -40,7 +40,13 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> Front:
         config = self._config
         limits = config.limits
-        settings = Settings(config.model.name, limits.max_body_bytes, config.api_keys, limits.request_timeout_s)
+        settings = Settings(
+            config.model.name,
+            limits.max_body_bytes,
+            config.api_keys,
+            limits.request_timeout_s,
+            tuple(config.model.loras),
+        )
         telemetry = Telemetry(self._dispatch.readings)
         return Front(self._dispatch, Tokeniser(config.model.folder), settings, telemetry)
 

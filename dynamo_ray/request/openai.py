@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from backends.engine import Sampling
+from backends.engine import Sampling, Structure
 from dynamo_ray.errors import InvalidRequest, PromptTooLong, UnknownModel
+from dynamo_ray.request import structure as structures
+from dynamo_ray.request.structure import ResponseFormat, StructuredOutputs
 
 T = TypeVar("T")
 
@@ -76,6 +78,17 @@ class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     """Prompts share cached KV only with prompts of the same salt."""
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    """Greater runs earlier inside a worker, whichever engine it is; 0 where it is left out."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's name for what response_format, regex and grammar say."""
+    regex: str | None = None
+    """The whole answer matches it."""
+    grammar: str | None = None
+    """In EBNF; the answer is a sentence of it."""
+    ebnf: str | None = None
+    """SGLang's name for grammar."""
     # Ignoring these cannot change the answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -105,7 +118,6 @@ class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     reasoning_effort: Any = None
@@ -134,7 +146,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": (([],), "function calls are not supported"),
     "function_call": (("none", "auto"), "function calls are not supported"),
     "tool_calls": (([],), "tool calls are not supported"),
-    "response_format": (({"type": "text"},), "only plain text answers are supported"),
     "modalities": ((["text"],), "only text is supported"),
     "audio": ((), "only text is supported"),
     "annotations": (([],), "annotations are not supported"),
@@ -152,15 +163,15 @@ _chat = msgspec.json.Decoder(ChatBody)
 _completion = msgspec.json.Decoder(CompletionBody)
 
 
-def parse_chat(raw: bytes, served: str) -> ChatBody:
+def parse_chat(raw: bytes, served: str, loras: tuple[str, ...] = ()) -> ChatBody:
     """Decode and check a body; what depends on the prompt's length is left to `sampling`.
 
     Raises:
         InvalidRequest: Not JSON, or a field is unknown, unsupported, of the wrong type or out of range; names it.
-        UnknownModel: Another model than the one served.
+        UnknownModel: Neither the model served nor one of its adapters.
     """
     body = _decode(_chat, raw)
-    _check(body, served)
+    _check(body, served, loras)
     for index, message in enumerate(body.messages):
         _refuse_unsupported(message, f"messages[{index}].")
         if message.content is None:
@@ -176,10 +187,10 @@ def parse_chat(raw: bytes, served: str) -> ChatBody:
     return body
 
 
-def parse_completion(raw: bytes, served: str) -> CompletionBody:
+def parse_completion(raw: bytes, served: str, loras: tuple[str, ...] = ()) -> CompletionBody:
     """As `parse_chat`, for the other endpoint."""
     body = _decode(_completion, raw)
-    _check(body, served)
+    _check(body, served, loras)
     num_choices = len(prompts(body)) * (body.n or 1)
     if num_choices > MAX_TOTAL_CHOICES:
         raise InvalidRequest(f"{num_choices} choices in one request; at most {MAX_TOTAL_CHOICES}", "prompt")
@@ -235,8 +246,22 @@ def prompt_field(body: ChatBody | CompletionBody) -> str:
     return "messages" if isinstance(body, ChatBody) else "prompt"
 
 
+def field_of(body: ChatBody | CompletionBody, field: str | None) -> str | None:
+    """What the client calls what an engine found fault with."""
+    if field == "prompt":
+        return prompt_field(body)
+    if field == "lora":
+        return "model"
+    asked = structures.wanted(body) if field == "structure" else None
+    return field if asked is None else asked.field
+
+
 def sampling(
-    body: ChatBody | CompletionBody, num_prompt_tokens: int, max_model_len: int, eos_token_ids: tuple[int, ...]
+    body: ChatBody | CompletionBody,
+    num_prompt_tokens: int,
+    max_model_len: int,
+    eos_token_ids: tuple[int, ...],
+    structure: Structure | None = None,
 ) -> Sampling:
     """The engine's sampling for a prompt of that length; EOS is among the stop tokens unless it is to be ignored.
 
@@ -263,6 +288,7 @@ def sampling(
         stop_token_ids=(*(body.stop_token_ids or ()), *(() if ignore_eos else eos_token_ids)),
         ignore_eos=ignore_eos,
         logprobs=num_logprobs(body),
+        structure=structure,
     )
 
 
@@ -282,10 +308,17 @@ def _max_tokens(body: ChatBody | CompletionBody, num_prompt_tokens: int, max_mod
     return given
 
 
-def _check(body: ChatBody | CompletionBody, served: str) -> None:
-    if body.model != served:
-        raise UnknownModel(f"the model `{body.model}` does not exist here; this server has `{served}`", "model")
+def unknown_model(asked: str, served: str, loras: tuple[str, ...]) -> UnknownModel:
+    adapters = f" and its adapters {', '.join(f'`{name}`' for name in loras)}" if loras else ""
+    return UnknownModel(f"the model `{asked}` does not exist here; this server has `{served}`{adapters}", "model")
+
+
+def _check(body: ChatBody | CompletionBody, served: str, loras: tuple[str, ...]) -> None:
+    if body.model != served and body.model not in loras:
+        raise unknown_model(body.model, served, loras)
     _refuse_unsupported(body)
+    if structures.wanted(body) is not None:
+        _check_structured(body)
     if body.temperature is not None and 0 < body.temperature < MIN_TEMPERATURE:
         advice = f"send 0 for the most likely tokens, or at least {MIN_TEMPERATURE:g}"
         raise InvalidRequest(f"temperature={body.temperature:g} is too small; {advice}", "temperature")
@@ -295,6 +328,15 @@ def _check(body: ChatBody | CompletionBody, served: str) -> None:
         raise InvalidRequest(f"the stop strings are longer than {MAX_STOP_CHARACTERS} characters together", "stop")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream: true", "stream_options")
+
+
+def _check_structured(body: Body) -> None:
+    """A structure ends the answer: from there on, an engine that must not end it has no token left to choose."""
+    ends = "an answer with a structure ends where its structure does; leave it out"
+    if body.ignore_eos:
+        raise InvalidRequest(f"ignore_eos: {ends}", "ignore_eos")
+    if body.min_tokens:
+        raise InvalidRequest(f"min_tokens: {ends}", "min_tokens")
 
 
 def _refuse_unsupported(body: Struct, path: str = "") -> None:

@@ -64,7 +64,7 @@ class _PromptHashes:
 
     def __init__(self, attempt: Attempt, model: str) -> None:
         self._token_ids = attempt.token_ids
-        self._seed = chain_seed(model, cache_salt=attempt.request.cache_salt)
+        self._seed = chain_seed(model, attempt.request.lora, attempt.request.cache_salt)
         self._by_size: dict[int, list[int]] = {}
 
     def of(self, block_size: int) -> list[int]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from front import END, MODEL, Client, Reply, ScriptedService, Step, make_front, spell, with_logprobs
 
-from backends.engine import TokenChunk
-from dynamo_ray.errors import DeadlineExceeded, Overloaded, WorkerLost
+from backends.engine import Structure, TokenChunk
+from dynamo_ray.errors import DeadlineExceeded, InvalidRequest, Overloaded, WorkerLost
 from dynamo_ray.models import byte_tokenizer
 from dynamo_ray.request.generation import Generation
 
@@ -591,3 +591,51 @@ async def test_metrics_count_requests_tokens_and_latencies(folder: Path, service
     assert values["dynamo_ray_ttft_seconds_count"] == "2.0"
     assert values["dynamo_ray_itl_seconds_count"] == "2.0"
     assert values["dynamo_ray_request_seconds_count"] == "2.0"
+
+
+# Adapters, structures, priorities.
+
+
+async def test_an_adapter_is_asked_for_by_its_name_as_the_model(folder: Path, service: ScriptedService) -> None:
+    client = Client(make_front(folder, service, loras=("sql", "org/poems"))[0])
+    for name, lora in ((MODEL, None), ("sql", "sql"), ("org/poems", "org/poems")):
+        answer = (await client.complete(model=name)).json
+        assert answer["model"] == name
+        assert service.asked[-1].lora == lora
+
+
+async def test_adapters_are_listed_with_their_parent(folder: Path, service: ScriptedService) -> None:
+    client = Client(make_front(folder, service, loras=("sql", "org/poems"))[0])
+    models = (await client.get("/v1/models")).json["data"]
+    assert [(model["id"], model.get("parent")) for model in models] == [
+        (MODEL, None),
+        ("sql", MODEL),
+        ("org/poems", MODEL),
+    ]
+    assert (await client.get("/v1/models/org/poems")).json == models[2]
+
+
+async def test_an_unknown_model_names_the_base_and_the_adapters(folder: Path, service: ScriptedService) -> None:
+    client = Client(make_front(folder, service, loras=("sql", "org/poems"))[0])
+    for reply in (await client.complete(model="gpt-9"), await client.get("/v1/models/gpt-9")):
+        assert (reply.status, reply.error["code"]) == (404, "model_not_found")
+        assert all(name in reply.error["message"] for name in (MODEL, "sql", "org/poems"))
+
+
+async def test_structure_and_priority_reach_every_choice(client: Client, service: ScriptedService) -> None:
+    schema = {"type": "object"}
+    asked = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    await client.chat(n=2, priority=-3, **asked)
+    await client.complete(prompt=["a", "b"], regex="[ab]")
+    made = [(generation.sampling.structure, generation.priority) for generation in service.asked]
+    assert made == [(Structure("json_schema", '{"type":"object"}'), -3)] * 2 + [(Structure("regex", "[ab]"), 0)] * 2
+
+
+async def test_a_structure_that_an_engine_refuses_has_the_clients_name(
+    client: Client, service: ScriptedService
+) -> None:
+    plays(service, InvalidRequest("vllm cannot compile this", "structure"))
+    for stream in (False, True):
+        reply = await client.complete(structured_outputs={"regex": "("}, stream=stream)
+        assert (reply.status, reply.error["param"]) == (400, "structured_outputs.regex")
+        assert reply.error["message"] == "vllm cannot compile this"
