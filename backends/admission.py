@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from backends.engine import Command, EngineError, EngineInfo, GenerateRequest, Role
+from typing import NamedTuple
+
+from backends.engine import Command, EngineError, EngineInfo, Feature, GenerateRequest, Role, Sampling
 
 
 def check(request: GenerateRequest, info: EngineInfo, vocab_size: int) -> None:
@@ -28,13 +30,69 @@ def check(request: GenerateRequest, info: EngineInfo, vocab_size: int) -> None:
         raise _refusal(f"{sampling.logprobs} logprobs are asked for; at most {info.max_logprobs}", "logprobs")
     if sampling.max_tokens < 1:
         raise _refusal(f"max_tokens is {sampling.max_tokens}; at least 1", "max_tokens")
+    refusal = lacking(info, wishes(sampling, request.cache_salt, request.priority, request.lora))
+    if refusal is not None:
+        raise refusal
+
+
+class Wishes(NamedTuple):
+    """What a request asks for that not every engine has."""
+
+    features: tuple[tuple[Feature, str], ...]
+    """Each with the field that asks for it."""
+    lora: str | None
+
+
+def wishes(sampling: Sampling, cache_salt: str | None, priority: int, lora: str | None) -> Wishes | None:
+    """None: nothing that an engine could lack.
+
+    What cannot change the answer is not asked for: a seed or min_p where the most likely token is taken anyway, and
+    priority 0.
+    """
+    structure, samples = sampling.structure, sampling.temperature > 0
+    features = (
+        (Feature.SEED, "seed", samples and sampling.seed is not None),
+        (Feature.MIN_P, "min_p", samples and sampling.min_p > 0),
+        (Feature.MIN_TOKENS, "min_tokens", sampling.min_tokens > 0),
+        (Feature.CACHE_SALT, "cache_salt", cache_salt is not None),
+        (Feature.PRIORITY, "priority", priority != 0),
+    )
+    asked = [(feature, field) for feature, field, is_asked in features if is_asked]
+    if structure is not None:
+        asked.append((Feature(structure.kind), "structure"))
+    return Wishes(tuple(asked), lora) if asked or lora is not None else None
+
+
+def lacking(info: EngineInfo, asked: Wishes | None) -> EngineError | None:
+    """What keeps this engine from doing as asked, not retryable and with the field; None: nothing does."""
+    if asked is None:
+        return None
+    if asked.lora is not None and asked.lora not in info.loras:
+        have = f"it has {', '.join(info.loras)}" if info.loras else "it has none"
+        return _refusal(f"{_name(info)} has no LoRA adapter {asked.lora!r}; {have}", "lora")
+    for feature, field in asked.features:
+        if feature not in info.features:
+            return _refusal(f"{_name(info)} does not support {_SPOKEN.get(feature, field)}", field)
+    return None
 
 
 def no_such_control(command: Command, info: EngineInfo) -> EngineError:
     """What an engine says to a command that it has not."""
     name = command.__struct_config__.tag
     have = f"it has {', '.join(info.controls)}" if info.controls else "it has none"
-    return EngineError(f"{info.backend} as it was started has no command {name!r}; {have}", False, "command")
+    return EngineError(f"{_name(info)} has no command {name!r}; {have}", False, "command")
+
+
+_SPOKEN = {
+    Feature.JSON_OBJECT: "answers that must be a JSON object",
+    Feature.JSON_SCHEMA: "answers to a JSON schema",
+    Feature.REGEX: "answers to a regular expression",
+    Feature.GRAMMAR: "answers to a grammar",
+}
+
+
+def _name(info: EngineInfo) -> str:
+    return f"{info.backend} {info.version} as it was started"
 
 
 def _needs_handoff(leg: Role, info: EngineInfo) -> bool:

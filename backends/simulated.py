@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import zlib
-from array import array
 from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from typing import get_args
 
 from backends import admission
 from backends.engine import (
@@ -21,27 +20,35 @@ from backends.engine import (
     EngineError,
     EngineInfo,
     EngineStartError,
+    Feature,
     FinishReason,
     GenerateRequest,
     KVEventSource,
     KVHandoff,
     LaunchSpec,
+    Pause,
     RankLoad,
     Role,
+    Sleep,
     TokenChunk,
-    TokenLogprob,
+    UpdateWeights,
 )
 from backends.kv_events import KVEventBatch
 from backends.kv_publisher import KVEventPublisher
 from backends.simulated_args import SimulatedArgs, parse_args
-from backends.simulated_cache import BlockPool, Lease
+from backends.simulated_cache import BlockPool, Family, Lease
+from backends.simulated_condition import Condition
 from backends.simulated_fabric import Fabric, key_of
+from backends.simulated_tokens import first_state, fold, logprob, next_token
 from backends.startup import Startup
 
 VERSION = "1"
 MAX_LOGPROBS = 20
 VOCAB_SIZE = 1 << 32
 """What a fold over tokens takes; models differ, and this engine stands for any of them."""
+FEATURES = (Feature.SEED, Feature.MIN_TOKENS, Feature.CACHE_SALT, Feature.PRIORITY)
+"""What it really does; without a vocabulary there is no structure that an answer could keep to."""
+CONTROLS = tuple(command.__struct_config__.tag for command in get_args(Command))
 
 
 @dataclass(slots=True, eq=False)
@@ -106,11 +113,14 @@ class SimulatedEngine:
         self._loop_task: asyncio.Task[None] | None = None
         self._fabric = Fabric(spec.place.address, self._release_held)
         self._next_rank = 0
+        self._going = asyncio.Event()
+        self._going.set()
+        self._condition = Condition()
         self.args = SimulatedArgs()
         self.computed_tokens = 0
         """Prompt tokens computed here; what came from a cache or a peer is not among them."""
 
-    async def start(self) -> EngineInfo:
+    async def start(self) -> EngineInfo | None:
         return await self._startup.run(self._start())
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
@@ -133,9 +143,8 @@ class SimulatedEngine:
 
     async def abort(self, request_id: str) -> None:
         sequence = self._live.get(request_id)
-        if sequence is not None and not sequence.done:
-            self._drop(sequence)
-            sequence.out.put_nowait(TokenChunk(request_id, [], "abort"))
+        if sequence is not None:
+            self._abort(sequence)
 
     async def release(self, request_id: str) -> None:
         for key in [key for key, held in self._held.items() if held.request_id == request_id]:
@@ -154,7 +163,7 @@ class SimulatedEngine:
         )
 
     async def check_health(self) -> None:
-        self._check_serving()
+        self._check_alive()
 
     async def died(self) -> str:
         assert self._death is not None, "start() comes first"
@@ -170,39 +179,66 @@ class SimulatedEngine:
         self._lose_all(f"the engine died: {reason}")
 
     async def control(self, command: Command) -> None:
-        raise admission.no_such_control(command, self._check_serving())
+        """Sleeping aborts what is inside, as pausing with `abort` does; what comes while paused waits."""
+        self._check_alive()
+        self._condition = self._condition.after(command, self.spec.model_path)
+        if isinstance(command, Sleep) or (isinstance(command, Pause) and command.abort):
+            for sequence in self._live.values():
+                self._abort(sequence)
+        if isinstance(command, Sleep):  # the memory goes, and with it what waits there for a decode side
+            for key in list(self._held):
+                self._release_held(key)
+        if isinstance(command, Sleep | UpdateWeights):
+            for pool in self._ranks:
+                pool.flush()
+            self._publish()
+        if self._condition.steps:
+            self._going.set()
+        else:
+            self._going.clear()
 
     async def stop(self) -> None:
         await self._startup.end()
         await self._shut_down()
 
-    async def _start(self) -> EngineInfo:
-        spec, ranks = self.spec, self.spec.attn_dp
+    def _local_ranks(self) -> range:
+        """Of the worker's, those this node serves.
+
+        Raises:
+            EngineStartError: They cannot be shared out.
+        """
+        spec = self.spec
+        if self.args.serving == "leader":
+            return range(spec.attn_dp if spec.node_rank == 0 else 0)
+        if spec.attn_dp % spec.num_nodes:
+            raise EngineStartError(
+                f"engine_args.serving: every_node needs as many ranks on each; attn_dp={spec.attn_dp} does not divide "
+                f"by {spec.num_nodes} nodes"
+            )
+        count = spec.attn_dp // spec.num_nodes
+        return range(spec.node_rank * count, (spec.node_rank + 1) * count)
+
+    async def _start(self) -> EngineInfo | None:
+        spec = self.spec
         self.args = args = parse_args(spec.engine_args)
+        ranks = self._local_ranks()
         await asyncio.sleep(args.start_s)
-        address = None
-        try:
-            if spec.kv_events:
-                for _ in range(ranks):
-                    self._publishers.append(KVEventPublisher(spec.place.address))
-            if spec.role is Role.PREFILL:
-                address = await self._fabric.listen()
-        except OSError as error:
-            await self._shut_down()
-            raise EngineStartError(f"the simulated engine cannot listen on {spec.place.address}: {error}") from error
+        address = await self._listen(len(ranks))
         self._death = asyncio.get_running_loop().create_future()
-        self._ranks = [BlockPool(args.kv_blocks, args.block_size) for _ in range(ranks)]
-        self._waiting = [deque() for _ in range(ranks)]
-        self._pulling = [[] for _ in range(ranks)]
-        self._running = [[] for _ in range(ranks)]
-        self._sequence_numbers = [0] * ranks
+        self._ranks = [BlockPool(args.kv_blocks, args.block_size) for _ in ranks]
+        self._waiting = [deque() for _ in ranks]
+        self._pulling = [[] for _ in ranks]
+        self._running = [[] for _ in ranks]
+        self._sequence_numbers = [0] * len(ranks)
         self._loop_task = asyncio.create_task(self._run(), name=f"simulated-{spec.worker}")
+        if not ranks:
+            return None
         self.info = EngineInfo(
             backend="simulated",
             version=VERSION,
             model=spec.model,
             role=spec.role,
-            attn_dp_size=ranks,
+            attn_dp_size=len(ranks),
             block_size=args.block_size,
             max_model_len=args.max_model_len,
             kv_total_blocks=args.kv_blocks,
@@ -213,8 +249,24 @@ class SimulatedEngine:
             ),
             bootstrap_address=address if args.handoff == "concurrent" else None,
             max_logprobs=MAX_LOGPROBS,
+            first_dp_rank=ranks.start,
+            features=FEATURES,
+            loras=tuple(spec.loras),
+            controls=CONTROLS,
         )
         return self.info
+
+    async def _listen(self, num_ranks: int) -> str | None:
+        """Open the ranks' publishers and, of a prefill engine, the rendezvous; returns its address."""
+        spec = self.spec
+        try:
+            if spec.kv_events:
+                for _ in range(num_ranks):
+                    self._publishers.append(KVEventPublisher(spec.place.address))
+            return await self._fabric.listen() if spec.role is Role.PREFILL and num_ranks else None
+        except OSError as error:
+            await self._shut_down()
+            raise EngineStartError(f"the simulated engine cannot listen on {spec.place.address}: {error}") from error
 
     async def _shut_down(self) -> None:
         self._lose_all("the engine was stopped")
@@ -231,16 +283,23 @@ class SimulatedEngine:
         self._publishers = []
         self._fabric.close()
 
-    def _check_serving(self) -> EngineInfo:
-        if self.info is None or self._loop_task is None or self._loop_task.done():
-            raise EngineError("the simulated engine is not running")
+    def _check_alive(self) -> None:
         if self._death is not None and self._death.done():
             raise EngineError(f"the simulated engine died: {self._death.result()}")
+        if self._loop_task is None or self._loop_task.done():
+            raise EngineError("the simulated engine is not running")
+
+    def _check_serving(self) -> EngineInfo:
+        self._check_alive()
+        if self.info is None:
+            raise EngineError("this node's ranks are served through its leader", retryable=False)
         return self.info
 
     def _admit(self, request: GenerateRequest) -> _Sequence:
-        """Refuse what can never run; queue the rest."""
+        """Refuse what can never run, and what cannot now; queue the rest."""
         admission.check(request, self._check_serving(), VOCAB_SIZE)
+        if self._condition.refusal is not None:
+            raise EngineError(self._condition.refusal)
         if request.request_id in self._live:
             raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
         prompt, sampling = request.token_ids, request.sampling
@@ -249,9 +308,10 @@ class SimulatedEngine:
         if rank is None:
             rank = self._next_rank
             self._next_rank = (rank + 1) % len(self._ranks)
-        sequence = _Sequence(request, rank, list(prompt), _fold(prompt), None if sampling.temperature == 0.0 else seed)
+        state = fold(prompt, first_state(self._condition.weights or "", request.lora))
+        sequence = _Sequence(request, rank, list(prompt), state, None if sampling.temperature == 0.0 else seed)
         self._live[request.request_id] = sequence
-        self._waiting[rank].append(sequence)
+        self._queue(sequence)
         self._work.set()
         return sequence
 
@@ -272,8 +332,17 @@ class SimulatedEngine:
         self._running[sequence.rank].append(sequence)
         self._work.set()
 
+    def _queue(self, sequence: _Sequence, again: bool = False) -> None:
+        """Behind all of its priority; before them where it is there `again`."""
+        waiting, priority = self._waiting[sequence.rank], sequence.request.priority
+        place = len(waiting)
+        while place and (waiting[place - 1].request.priority < priority + again):
+            place -= 1
+        waiting.insert(place, sequence)
+
     async def _run(self) -> None:
         while True:
+            await self._going.wait()
             self._admit_waiting()
             if not any(self._running):
                 self._work.clear()
@@ -286,6 +355,7 @@ class SimulatedEngine:
             plan = [self._plan_rank(running) for running in self._running]
             slowest = max(sum(count for _, count in steps) for steps in plan)
             await asyncio.sleep(self.args.step_s + slowest / self.args.prefill_tokens_per_s)
+            await self._going.wait()
             for rank, steps in enumerate(plan):
                 for sequence, count in steps:
                     if sequence.lease is not None:  # neither finished nor preempted since the step was planned
@@ -308,7 +378,8 @@ class SimulatedEngine:
     def _allocate(self, sequence: _Sequence) -> bool:
         """Hold blocks for what the sequence has; False when there are not enough."""
         pool = self._ranks[sequence.rank]
-        sequence.lease = pool.acquire(sequence.tokens, sequence.request.cache_salt)
+        request = sequence.request
+        sequence.lease = pool.acquire(sequence.tokens, Family(request.cache_salt, request.lora))
         if sequence.lease is None:
             return False
         sequence.cached = sequence.computed = len(sequence.lease.shared) * pool.block_size
@@ -349,8 +420,8 @@ class SimulatedEngine:
 
     def _emit(self, sequence: _Sequence) -> None:
         request, args = sequence.request, self.args
-        token = _next_token(sequence.state, sequence.seed, len(sequence.tokens), args)
-        sequence.state = _fold([token], sequence.state)
+        token = next_token(sequence.state, sequence.seed, len(sequence.tokens), args)
+        sequence.state = fold([token], sequence.state)
         sequence.tokens.append(token)
         sampling, count = request.sampling, sequence.num_generated
         reason: FinishReason | None = None
@@ -364,7 +435,7 @@ class SimulatedEngine:
             request.request_id,
             [token],
             reason,
-            logprobs=None if sampling.logprobs is None else [_logprob(token, sampling.logprobs, args)],
+            logprobs=None if sampling.logprobs is None else [logprob(token, sampling.logprobs, args)],
             cached_tokens=sequence.cached if first else None,
             transferred_tokens=sequence.transferred if first and request.leg is Role.DECODE else None,
         )
@@ -398,7 +469,7 @@ class SimulatedEngine:
         assert victim.lease is not None
         self._ranks[rank].release(victim.lease)
         victim.lease = None
-        self._waiting[rank].appendleft(victim)
+        self._queue(victim, again=True)
 
     def _drop(self, sequence: _Sequence) -> None:
         """Take a sequence out of the engine and free its blocks; safe to call twice."""
@@ -411,6 +482,11 @@ class SimulatedEngine:
         if sequence.lease is not None:
             self._ranks[sequence.rank].release(sequence.lease)
             sequence.lease = None
+
+    def _abort(self, sequence: _Sequence) -> None:
+        if not sequence.done:
+            self._drop(sequence)
+            sequence.out.put_nowait(TokenChunk(sequence.request.request_id, [], "abort"))
 
     def _lose_all(self, reason: str) -> None:
         for sequence in self._live.values():
@@ -430,20 +506,3 @@ class SimulatedEngine:
             if events and self._publishers:
                 self._publishers[rank].publish(KVEventBatch(self._sequence_numbers[rank], rank, events))
                 self._sequence_numbers[rank] += 1
-
-
-def _fold(tokens: list[int], state: int = 0) -> int:
-    """A 32-bit fold over tokens; folding a then b equals folding a+b."""
-    return zlib.crc32(array("I", tokens).tobytes(), state)
-
-
-def _next_token(state: int, seed: int | None, position: int, args: SimulatedArgs) -> int:
-    mixed = state if seed is None else hash((state, seed, position))
-    return args.token_low + (mixed * 2_654_435_761 >> 8) % (args.token_high - args.token_low + 1)
-
-
-def _logprob(token: int, num_top: int, args: SimulatedArgs) -> TokenLogprob:
-    """Half the mass on the chosen token, halving for each alternative after it."""
-    span = args.token_high - args.token_low + 1
-    others = [args.token_low + (token - args.token_low + i) % span for i in range(min(num_top, span))]
-    return TokenLogprob(token, -0.6931, [(other, -0.6931 * (i + 1)) for i, other in enumerate(others)])

@@ -33,6 +33,8 @@ class SimulatedArgs(msgspec.Struct, frozen=True):
     handoff: Literal["sequential", "concurrent"] = "sequential"
     lease_s: Positive = 30.0
     """How long a prefill leg's KV waits for its decode side."""
+    serving: Literal["leader", "every_node"] = "leader"
+    """Of a worker over several nodes: its leader serves all ranks, or every node its own."""
     token_low: Token = 97
     token_high: Token = 122
     """Tokens are drawn from this closed range; the default is a to z in the byte tokenizer."""

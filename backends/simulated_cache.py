@@ -5,27 +5,45 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from backends.kv_events import BlockRemoved, BlockStored, KVEvent
+from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
 
 _ROOT = 0
 
 
-def engine_hash(parent: int, tokens: Sequence[int], salt: str | None) -> int:
+class Family(NamedTuple):
+    """Prompts share blocks only within one: nothing is shared across tenants, nor across adapters."""
+
+    salt: str | None = None
+    lora: str | None = None
+
+
+ANY = Family()
+
+
+def engine_hash(parent: int, tokens: Sequence[int], family: Family, flushes: int = 0) -> int:
     """A 63-bit chained block hash, the same in every process; on purpose not the router's."""
-    root = parent or (_salt_seed(salt) if salt else 1)
+    root = parent or _root(family, flushes)
     return hash((root, *tokens)) & 0x7FFF_FFFF_FFFF_FFFF or 1
 
 
-def _salt_seed(salt: str) -> int:
-    return int.from_bytes(salt.encode(), "big") % ((1 << 61) - 1) + 2
+def _root(family: Family, flushes: int) -> int:
+    """What was stored before a flush is not found after it, though requests may still hold it."""
+    if family == ANY and not flushes:
+        return 1
+    parts = (family.salt or "", family.lora or "", str(flushes))
+    text = "".join(f"{len(part)}:{part}" for part in parts)
+    return int.from_bytes(text.encode(), "big") % ((1 << 61) - 1) + 2
 
 
 @dataclass(slots=True)
 class Lease:
     """The blocks one request holds. `shared` are full and findable by others; `private` the rest."""
 
-    salt: str | None
+    family: Family
+    flushes: int
+    """Of the pool, when it was made: blocks of before the last flush are no longer findable."""
     shared: list[int] = field(default_factory=list)
     private: int = 0
 
@@ -47,27 +65,28 @@ class BlockPool:
         self._holders: dict[int, int] = {}
         self._unheld: OrderedDict[int, None] = OrderedDict()
         self._private = 0
+        self._flushes = 0
 
     @property
     def used_blocks(self) -> int:
         """Blocks that a request holds."""
         return len(self._holders) - len(self._unheld) + self._private
 
-    def cached_blocks(self, tokens: Sequence[int], salt: str | None) -> list[int]:
+    def cached_blocks(self, tokens: Sequence[int], family: Family = ANY) -> list[int]:
         """Hashes of the longest findable prefix, never the whole prompt: its last token is always computed."""
         found: list[int] = []
         parent = _ROOT
         for start in range(0, (len(tokens) - 1) // self.block_size * self.block_size, self.block_size):
-            parent = engine_hash(parent, tokens[start : start + self.block_size], salt)
+            parent = engine_hash(parent, tokens[start : start + self.block_size], family, self._flushes)
             if parent not in self._holders:
                 break
             found.append(parent)
         return found
 
-    def acquire(self, tokens: Sequence[int], salt: str | None) -> Lease | None:
+    def acquire(self, tokens: Sequence[int], family: Family = ANY) -> Lease | None:
         """Hold blocks for all `tokens`, sharing the cached prefix; None when there are not enough."""
-        lease = Lease(salt)
-        for block in self.cached_blocks(tokens, salt):
+        lease = Lease(family, self._flushes)
+        for block in self.cached_blocks(tokens, family):
             self._hold(block)
             lease.shared.append(block)
         needed = -(-len(tokens) // self.block_size) - len(lease.shared)
@@ -79,13 +98,15 @@ class BlockPool:
         return lease
 
     def publish_full(self, lease: Lease, tokens: Sequence[int]) -> None:
-        """Make every block of the lease that `tokens` fills findable."""
+        """Make every block of the lease that `tokens` fills findable, but not what a flush came after."""
+        if lease.flushes != self._flushes:
+            return
         size = self.block_size
         first = len(lease.shared)
         fresh: list[int] = []
         for start in range(first * size, len(tokens) // size * size, size):
             parent = lease.shared[-1] if lease.shared else _ROOT
-            block = engine_hash(parent, tokens[start : start + size], lease.salt)
+            block = engine_hash(parent, tokens[start : start + size], lease.family, self._flushes)
             lease.private -= 1
             self._private -= 1
             lease.shared.append(block)
@@ -102,7 +123,8 @@ class BlockPool:
                     token_ids=list(tokens[run.start * size : run.stop * size]),
                     block_size=size,
                     medium="GPU",
-                    cache_salt=lease.salt,
+                    lora_name=lease.family.lora,
+                    cache_salt=lease.family.salt,
                 )
             )
 
@@ -117,14 +139,25 @@ class BlockPool:
         return True
 
     def release(self, lease: Lease) -> None:
-        """Let go of everything; full blocks stay findable until evicted, deepest first."""
+        """Let go of everything; full blocks stay findable until evicted, deepest first, or flushed."""
         self._private -= lease.private
         lease.private = 0
         for block in reversed(lease.shared):
             self._holders[block] -= 1
             if not self._holders[block]:
-                self._unheld[block] = None
+                if lease.flushes == self._flushes:
+                    self._unheld[block] = None
+                else:
+                    del self._holders[block]
         lease.shared.clear()
+
+    def flush(self) -> None:
+        """Nothing that is there now is found again; requests keep what they hold."""
+        for block in self._unheld:
+            del self._holders[block]
+        self._unheld.clear()
+        self._flushes += 1
+        self.events.append(AllBlocksCleared())
 
     def _hold(self, block: int) -> None:
         self._holders[block] += 1

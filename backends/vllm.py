@@ -27,6 +27,7 @@ from backends.engine import (
     EngineError,
     EngineInfo,
     EngineStartError,
+    Feature,
     GenerateRequest,
     KVEventSource,
     LaunchSpec,
@@ -255,6 +256,7 @@ class VLLMEngine:
             caches_prefixes=bool(config.cache_config.enable_prefix_caching),
             kv_event_sources=self._event_sources(),
             max_logprobs=config.model_config.max_logprobs,
+            features=(Feature.SEED, Feature.MIN_P, Feature.MIN_TOKENS, Feature.CACHE_SALT),
         )
 
     def _event_sources(self) -> tuple[KVEventSource, ...]:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from backends.admission import lacking, wishes
 from backends.engine import RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import DeploymentConfig
-from dynamo_ray.errors import NotReady, Overloaded
+from dynamo_ray.errors import InvalidRequest, NotReady, Overloaded
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed, WorkerConnection
 from dynamo_ray.request.wire import WorkerInfo
@@ -83,6 +84,8 @@ class Router:
         self.index = KVIndex(config.model.name)
         self.table = LoadTable()
         self.num_retries = 0
+        self.num_legs: Counter[Holder] = Counter()
+        """Sent to each rank since this process began."""
         self._routed = RoutedPrefixes()
         self._silent: set[Holder] = set()
         """Ranks whose cache is guessed: it matters here, and they tell nothing of it."""
@@ -106,6 +109,7 @@ class Router:
             self.index.remove_holder(holder)
             self.table.remove_holder(holder)
             self._routed.remove_holder(holder)
+            self.num_legs.pop(holder, None)
             self._silent.discard(holder)
 
     def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
@@ -128,6 +132,7 @@ class Router:
 
         Raises:
             NotReady: A role has no live worker.
+            InvalidRequest: None of a role's has what is asked for.
             Overloaded: Every worker of a role refused this request for lack of room.
         """
         hashes = _PromptHashes(attempt, self._config.model.name)
@@ -150,6 +155,7 @@ class Router:
         decision = decide(leg, candidates, self._turns[role], self._config.router)
         self._turns[role] += 1
         chosen = decision.chosen.holder
+        self.num_legs[chosen] += 1
         if chosen in self._silent and leg.computes_prompt:
             self._routed.routed(chosen, hashes.of(block_size), asyncio.get_running_loop().time())
         return Target(connections[chosen.worker], chosen.dp_rank, self._book(decision, leg))
@@ -166,8 +172,8 @@ class Router:
         return self.table.book(decision.chosen.holder, max(0, to_compute), leg.prompt_blocks)
 
     def _eligible(self, role: Role, attempt: Attempt) -> list[WorkerConnection]:
-        """Live workers, without those that failed this request while there are others; never one that was full."""
-        live = self._workers.of_role(role)
+        """Live workers that can, without those that failed this request while there are others; never a full one."""
+        live = _able(self._workers.of_role(role), attempt)
         if not live:
             raise NotReady(f"no {role} worker is ready", retry_after_s=RETRY_AFTER_S)
         fresh = [c for c in live if c.info.worker not in attempt.excluded]
@@ -177,6 +183,24 @@ class Router:
         if not with_room:
             raise Overloaded(f"every {role} worker is full", retry_after_s=RETRY_AFTER_S)
         return with_room
+
+
+def _able(connections: list[WorkerConnection], attempt: Attempt) -> list[WorkerConnection]:
+    """Those whose engine has what the request asks for.
+
+    Raises:
+        InvalidRequest: There are some, and none of them has; says why, and names the field.
+    """
+    request = attempt.request
+    asked = wishes(request.sampling, request.cache_salt, request.priority, request.lora)
+    if asked is None:
+        return connections
+    refusals = [lacking(connection.info.engine, asked) for connection in connections]
+    able = [connection for connection, refusal in zip(connections, refusals, strict=True) if refusal is None]
+    if refusals and not able:
+        assert refusals[0] is not None
+        raise InvalidRequest(refusals[0].message, refusals[0].field)
+    return able
 
 
 def _holders(info: WorkerInfo) -> list[Holder]:

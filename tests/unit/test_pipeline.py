@@ -429,7 +429,7 @@ def test_a_rank_is_pinned_through_the_room_of_a_concurrent_hand_off(rank: int) -
             for turn in range(rank + 1):
                 await collect(made, generation(f"r{turn}", tokens=[turn] * 40))
             pools = made.nodes["prefill-0"].engine._ranks
-            assert [bool(pool.cached_blocks([rank] * 40, None)) for pool in pools].index(True) == rank
+            assert [bool(pool.cached_blocks([rank] * 40)) for pool in pools].index(True) == rank
 
     clock.run(main())
 
