@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import spawn
@@ -163,7 +163,7 @@ class Launcher:
 class DeathWatch:
     """Completes `death` with a reason as soon as one of the processes ends; by their sentinels, within milliseconds."""
 
-    def __init__(self, processes: list[Process]) -> None:
+    def __init__(self, processes: Sequence[Process]) -> None:
         self._loop = asyncio.get_running_loop()
         self._processes = {process.sentinel: process for process in processes}
         self.death: asyncio.Future[str] = self._loop.create_future()
@@ -180,6 +180,22 @@ class DeathWatch:
         self._loop.remove_reader(sentinel)
         if not self.death.done():
             self.death.set_result(f"{process.name} (pid {process.pid}) {exit_words(process.exitcode)}")
+
+
+class WatchedPid:
+    """A process that another of the engine's processes may have started, so that only its number is known."""
+
+    exitcode = None
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.sentinel = os.pidfd_open(pid)
+        self.name = "its process"
+        with contextlib.suppress(psutil.Error):
+            self.name = psutil.Process(pid).name()
+
+    def __del__(self) -> None:
+        os.close(self.sentinel)
 
 
 def exit_words(code: int | None) -> str:

@@ -5,11 +5,12 @@ Ports of one node, in the order of its block:
 | offset | on | used for |
 |---|---|---|
 | 0 | the leader | torch.distributed's rendezvous (dist_init_addr) |
-| 1..7 | the leader | what SGLang derives from it under attention DP: tokenizer, detokenizer, RPC, metrics, input, load |
+| 1..7 | the leader | what SGLang derives from it: tokenizer, detokenizer, RPC, metrics, input, load |
 | 8 | each node | NCCL's rendezvous, where SGLang needs one of its own |
 | 9 | the leader | a prefill worker's bootstrap server |
 | 10 | none | `port`, which SGLang checks and derives from, though no HTTP server runs |
-| 12.. | each node | KV events, their replay and published load: one each a rank of this node |
+| 13 | the leader | where attention DP ranks learn each other's ports (data_parallel_controller.py) |
+| 16.. | each node | KV events, their replay and published load: one each a rank of this node |
 
 (server_args.py PortArgs.init_new and kv_events.py offset_endpoint_port of 0.5.16 and 0.5.23.)
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 from backends.engine import EngineStartError, Feature, LaunchSpec, NodePlace, Role
 
-DIST_INIT, NCCL, BOOTSTRAP, HTTP, EVENTS = 0, 8, 9, 10, 12
+DIST_INIT, NCCL, BOOTSTRAP, HTTP, EVENTS = 0, 8, 9, 10, 16
 PAGE_SIZE = 64
 """Tokens a page where `engine_args` does not say: what MLA kernels need, and few enough events a prompt."""
 
@@ -178,13 +179,13 @@ def check_layout(spec: LaunchSpec) -> None:
 def masks_tokens(spec: LaunchSpec) -> bool:
     """Structured output was asked for: SGLang's grammars need the tokenizer, which it has only without
     skip_tokenizer_init (constrained/grammar_manager.py)."""
-    return spec.engine_args.get("grammar_backend", "none") != "none"
+    return bool(spec.engine_args.get("grammar_backend", "none") != "none")
 
 
 def caches_prefixes(spec: LaunchSpec) -> bool:
     if spec.role is Role.DECODE:
         return bool(spec.engine_args.get("disaggregation_decode_enable_radix_cache", False))
-    return not spec.engine_args.get("disable_radix_cache", False)
+    return not bool(spec.engine_args.get("disable_radix_cache", False))
 
 
 def publishes_events(spec: LaunchSpec) -> bool:

@@ -52,4 +52,4 @@ def rendezvous(prefill: WorkerInfo, dp_rank: int) -> KVHandoff:
     address = prefill.engine.bootstrap_address
     if address is None:
         raise ValueError(f"{prefill.worker} hands over concurrently but has no bootstrap address")
-    return KVHandoff({"bootstrap_address": address, "bootstrap_room": room})
+    return KVHandoff({"bootstrap_address": address, "bootstrap_room": room, "prefill_dp_rank": dp_rank})

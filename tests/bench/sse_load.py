@@ -10,6 +10,7 @@ import asyncio
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -58,12 +59,17 @@ def _take(stream: Stream, event: dict) -> None:
 
 
 async def load(url: str, model: str, streams: int, tokens: int, prompt_chars: int) -> dict[str, object]:
-    """Run all streams at once; figures over all of them, times in ms."""
+    """Streams of different texts of that length; see `load_prompts`."""
+    filler = "lorem ipsum " * (prompt_chars // 12 + 1)
+    return await load_prompts(url, model, [f"stream {i}: {filler}"[:prompt_chars] for i in range(streams)], tokens)
+
+
+async def load_prompts(url: str, model: str, prompts: Sequence[str | list[int]], tokens: int) -> dict[str, object]:
+    """Run a stream a prompt, all at once; figures over all of them, times in ms."""
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
 
-    def body(index: int) -> bytes:
-        prompt = (f"stream {index}: " + "lorem ipsum " * (prompt_chars // 12 + 1))[:prompt_chars]
+    def body(prompt: str | list[int]) -> bytes:
         return json.dumps(
             {
                 "model": model,
@@ -76,13 +82,14 @@ async def load(url: str, model: str, streams: int, tokens: int, prompt_chars: in
             }
         ).encode()
 
+    bodies = [body(prompt) for prompt in prompts]
     started_s = time.perf_counter()
-    done = await asyncio.gather(*(run_stream(host, port, body(i)) for i in range(streams)))
+    done = await asyncio.gather(*(run_stream(host, port, each) for each in bodies))
     wall_s = time.perf_counter() - started_s
     ttft = [s.arrivals_s[0] - s.started_s for s in done if s.arrivals_s]
     itl = [b - a for s in done for a, b in zip(s.arrivals_s, s.arrivals_s[1:], strict=False)]
     return {
-        "streams": streams,
+        "streams": len(prompts),
         "ok": sum(s.error is None and s.finish_reason is not None for s in done),
         "errors": sorted({s.error for s in done if s.error})[:3],
         "tokens": sum(s.completion_tokens for s in done),

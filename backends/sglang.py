@@ -1,0 +1,422 @@
+"""SGLang, in this process's event loop: its TokenizerManager in front of one scheduler process per GPU.
+
+Processes: ours (front: request bookkeeping only), one scheduler per GPU, which runs the model, with attention DP a
+controller that feeds them, and a detokenizer, idle unless structured output was asked for. Nodes beside the leader run
+their schedulers only.
+
+Sockets: on the node's address and on the ports that `backends.sglang_args` lays out. Two listen on every address:
+torch's TCPStore of the rendezvous, and what NIXL's backend opens for its own handshakes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import signal
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from backends import admission, arguments, sglang_args, sglang_requests
+from backends.engine import (
+    Command,
+    EngineError,
+    EngineInfo,
+    EngineStartError,
+    GenerateRequest,
+    KVEventSource,
+    LaunchSpec,
+    NodePlace,
+    Pause,
+    RankLoad,
+    Resume,
+    Role,
+    Sleep,
+    TokenChunk,
+    UpdateWeights,
+    Wake,
+)
+from backends.processes import DeathWatch, Launcher, WatchedPid, free_consecutive_ports, interface_of
+from backends.sglang_processes import (
+    ADDRESS_VARIABLE,
+    ignore_failure_signal,
+    run_controller,
+    run_detokenizer,
+    run_scheduler,
+)
+from backends.startup import Startup
+
+log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 10.0
+MAX_LOGPROBS = 20
+"""SGLang has no limit of its own; this is OpenAI's."""
+WARM_UP_TOKENS = [10, 11, 12, 13]
+
+
+class SGLangEngine:
+    """See `backends.engine.Engine`."""
+
+    def __init__(self, spec: LaunchSpec) -> None:
+        self.spec = spec
+        self.info: EngineInfo | None = None
+        self._version = ""
+        self._engine: Any = None
+        self._vocab_size = 0
+        self._block_size = 1
+        self._running: set[str] = set()
+        self._startup = Startup()
+        self._watch: DeathWatch | None = None
+        self._launcher = Launcher(f"sglang-{spec.worker}")
+
+    async def start(self) -> EngineInfo | None:
+        return await self._startup.run(self._start())
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
+        admission.check(request, self._check_serving(), self._vocab_size)
+        if request.request_id in self._running:
+            raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
+        self._running.add(request.request_id)
+        finished = False
+        try:
+            async with aclosing(self._steps(request)) as chunks:
+                async for chunk in chunks:
+                    finished = chunk.finish_reason is not None
+                    yield chunk
+        finally:
+            if not finished:
+                await self.abort(request.request_id)
+            self._running.discard(request.request_id)
+
+    async def abort(self, request_id: str) -> None:
+        if request_id in self._running and self._engine is not None and not self._is_dead:
+            self._engine.tokenizer_manager.abort_request(rid=sglang_requests.rid_of(request_id))
+
+    async def release(self, request_id: str) -> None:
+        """A prefill leg that has ended here has handed its KV over; one that has not is given up."""
+        await self.abort(request_id)
+
+    def load(self) -> tuple[RankLoad, ...]:
+        if self._engine is None or self.info is None:
+            return ()
+        snapshots = {each.dp_rank: each for each in self._engine.tokenizer_manager.load_snapshot_reader.read_all()}
+        total = self.info.kv_total_blocks
+        return tuple(rank_load(rank, snapshots.get(rank), self._block_size, total) for rank in range(self.spec.attn_dp))
+
+    def last_lines(self) -> tuple[str, ...]:
+        return ()
+
+    async def check_health(self) -> None:
+        if self.spec.node_rank == 0:
+            self._check_serving()
+        elif self._engine is None or self._is_dead:
+            raise EngineError(f"this node's share of {self.spec.worker} is not running")
+
+    async def died(self) -> str:
+        assert self._watch is not None, "start() comes first"
+        return await asyncio.shield(self._watch.death)
+
+    async def control(self, command: Command) -> None:
+        if self.spec.node_rank:
+            return  # The leader's schedulers tell those of the other nodes.
+        info = self._check_serving()
+        if command.__struct_config__.tag not in info.controls:
+            raise admission.no_such_control(command, info)
+        await self._control(command)
+
+    async def stop(self) -> None:
+        await self._startup.end()
+        await self._shut_down()
+
+    async def _start(self) -> EngineInfo | None:
+        try:
+            import sglang
+        except ImportError as error:
+            raise EngineStartError(f"the sglang backend needs the package {error.name!r}") from error
+        self._version = arguments.check_installed("sglang", self.spec.version, sglang.__version__)
+        self.spec = spec = _with_ports(self.spec)
+        args = sglang_args.engine_args(spec, self._version)
+        must, defaults = sglang_args.environment(spec, interface_of(spec.place.address))
+        must |= {ADDRESS_VARIABLE: spec.place.address}
+        try:
+            self._engine = await self._launcher.run(lambda: self._launch(args), _end, must, defaults)
+            self._watch = DeathWatch(self.processes())
+            self._watch.death.add_done_callback(lambda _: self._lose_all("the SGLang engine died"))
+            if spec.node_rank:
+                return None
+            self._take_over()
+            info = self._describe()
+            await self._warm_up()
+        except BaseException as error:
+            await self._shut_down()
+            if isinstance(error, EngineStartError) or not isinstance(error, Exception):
+                raise
+            raise EngineStartError(f"SGLang did not start: {error or repr(error)}") from None
+        self.info = info
+        return info
+
+    def _launch(self, args: dict[str, Any]) -> Any:
+        """Runs in the launcher's thread; returns when every rank of this node has loaded the model."""
+        from sglang.srt.entrypoints import engine
+
+        ignore_failure_signal()
+        engine.run_data_parallel_controller_process = run_controller
+        ours = {
+            "run_scheduler_process_func": staticmethod(run_scheduler),
+            "run_detokenizer_process_func": staticmethod(run_detokenizer),
+        }
+        if self._launcher.cancelled:
+            raise EngineStartError("the start was given up")
+        started = type("Engine", (engine.Engine,), ours)(**args)
+        if started.tokenizer_manager is not None:
+            started.tokenizer_manager._subprocess_watchdog.stop()  # It would end this process; we watch ourselves.
+        return started
+
+    def _take_over(self) -> None:
+        """Have SGLang's front run in this loop, with the signal handlers of this process as they are."""
+        on_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
+        self._engine.tokenizer_manager.auto_create_handle_loop()
+        if on_main:
+            for number, handler in before.items():
+                asyncio.get_running_loop().remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    def processes(self) -> list[WatchedPid]:
+        """SGLang's on this node."""
+        return [WatchedPid(pid) for pid in self._engine.get_all_child_pids()]
+
+    def _describe(self) -> EngineInfo:
+        spec, manager = self.spec, self._engine.tokenizer_manager
+        scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
+        self._vocab_size = manager.model_config.vocab_size
+        self._block_size = _page_size(self._engine, self._version)
+        return EngineInfo(
+            backend="sglang",
+            version=self._version,
+            model=spec.model,
+            role=spec.role,
+            attn_dp_size=spec.attn_dp,
+            block_size=self._block_size,
+            max_model_len=scheduler["max_req_input_len"],
+            kv_total_blocks=scheduler["max_total_num_tokens"] // self._block_size,
+            handoff="none" if spec.role is Role.AGGREGATED else "concurrent",
+            caches_prefixes=sglang_args.caches_prefixes(spec),
+            kv_event_sources=self._event_sources(),
+            bootstrap_address=f"{spec.place.address}:{spec.place.ports[sglang_args.BOOTSTRAP]}"
+            if spec.role is Role.PREFILL
+            else None,
+            max_logprobs=MAX_LOGPROBS,
+            features=sglang_args.features(spec),
+            loras=tuple(spec.loras),
+            controls=sglang_args.controls(spec),
+        )
+
+    def _event_sources(self) -> tuple[KVEventSource, ...]:
+        if not sglang_args.publishes_events(self.spec):
+            return ()
+        sources = []
+        for rank in range(self.spec.attn_dp):
+            ports = sglang_args.rank_ports(self.spec, sglang_args.node_of_rank(self.spec, rank))
+            sources.append(
+                KVEventSource(rank, ports.endpoint(0, rank), ports.endpoint(1, rank), f"sglang-{self._version}")
+            )
+        return tuple(sources)
+
+    async def _warm_up(self) -> None:
+        """Send every rank a request, as SGLang's own server does, so that no client waits for kernels to compile.
+
+        A worker of two roles gets it without a counterpart: under that address nothing is transferred
+        (disaggregation/utils.py, FAKE_BOOTSTRAP_HOST).
+        """
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        fields: dict[str, Any] = {}
+        if self.spec.role is not Role.AGGREGATED:
+            from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+            fields["bootstrap_host"] = FAKE_BOOTSTRAP_HOST
+        await asyncio.gather(
+            *(
+                self._warm_up_rank(
+                    GenerateReqInput(
+                        input_ids=WARM_UP_TOKENS,
+                        sampling_params={"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True},
+                        routed_dp_rank=rank if self.spec.attn_dp > 1 else None,
+                        **fields | ({"bootstrap_room": rank} if fields else {}),
+                    )
+                )
+                for rank in range(self.spec.attn_dp)
+            )
+        )
+
+    async def _warm_up_rank(self, made: Any) -> None:
+        async for _ in self._engine.tokenizer_manager.generate_request(made, None):
+            pass
+
+    @property
+    def _is_dead(self) -> bool:
+        return self._watch is not None and self._watch.death.done()
+
+    def _check_serving(self) -> EngineInfo:
+        if self._engine is None or self.info is None:
+            raise EngineError("the SGLang engine is not running")
+        if self._watch is not None and self._watch.death.done():
+            raise EngineError(f"the SGLang engine died: {self._watch.death.result()}")
+        return self.info
+
+    async def _steps(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
+        """SGLang's outputs as chunks, its errors as ours."""
+        from fastapi import HTTPException
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        made = GenerateReqInput(**sglang_requests.arguments(request, self._version))
+        local_cache, first = sglang_args.caches_prefixes(self.spec), True
+        try:
+            async with aclosing(self._engine.tokenizer_manager.generate_request(made, None)) as outputs:
+                async for output in outputs:
+                    if request.leg is not Role.PREFILL:
+                        yield sglang_requests.chunk(request, output, first, local_cache)
+                        first = False
+                    elif output["meta_info"]["finish_reason"] is not None:
+                        yield sglang_requests.prefill_chunk(request, output)
+        except ValueError as error:
+            raise EngineError(f"SGLang refused the request: {error}", retryable=False) from None
+        except HTTPException as error:
+            retryable = error.status_code != HTTPStatus.BAD_REQUEST
+            raise EngineError(f"SGLang lost the request: {error.detail}", retryable=retryable) from None
+
+    async def _control(self, command: Command) -> None:
+        from sglang.srt.managers import io_struct as messages
+
+        manager = self._engine.tokenizer_manager
+        match command:
+            case Pause(abort):
+                await manager.pause_generation(messages.PauseGenerationReqInput(mode="abort" if abort else "in_place"))
+            case Resume():
+                await manager.continue_generation(messages.ContinueGenerationReqInput())
+            case UpdateWeights(path):
+                loaded, message, *_ = await manager.update_weights_from_disk(
+                    messages.UpdateWeightFromDiskReqInput(model_path=path), None
+                )
+                if not loaded:
+                    raise EngineError(f"SGLang did not load {path}: {message}", retryable=False, field="path")
+            case Sleep(discard_weights):
+                if not discard_weights and not self.spec.engine_args.get("enable_weights_cpu_backup"):
+                    raise EngineError(
+                        "SGLang keeps weights through a sleep only with engine_args.enable_weights_cpu_backup; "
+                        "set it, or discard them",
+                        retryable=False,
+                        field="discard_weights",
+                    )
+                await manager.release_memory_occupation(messages.ReleaseMemoryOccupationReqInput(), None)
+            case Wake():
+                await manager.resume_memory_occupation(messages.ResumeMemoryOccupationReqInput(), None)
+
+    def _lose_all(self, reason: str) -> None:
+        """End every request inside with an error: what would end it has ended."""
+        if self._engine is None or self._engine.tokenizer_manager is None:
+            return
+        for state in list(self._engine.tokenizer_manager.rid_to_state.values()):
+            finish = {"type": "abort", "message": reason, "status_code": HTTPStatus.SERVICE_UNAVAILABLE}
+            state.out_list.append({"output_ids": [], "meta_info": {"finish_reason": finish}})
+            state.finished = True
+            state.event.set()
+
+    async def _shut_down(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._lose_all("the SGLang engine was stopped")
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            manager = engine.tokenizer_manager
+            if manager is not None:
+                await asyncio.sleep(0)  # the requests inside learn of it
+                for task in manager.asyncio_tasks:
+                    task.cancel()
+                await asyncio.gather(*manager.asyncio_tasks, return_exceptions=True)
+            await asyncio.to_thread(_end, engine)
+        await self._launcher.finish()
+
+
+def rank_load(rank: int, snapshot: Any, block_size: int, total_blocks: int) -> RankLoad:
+    """A rank's load from SGLang's LoadSnapshot; zeros before it has made its first."""
+    if snapshot is None:
+        return RankLoad(rank, 0, 0, 0, total_blocks)
+    waiting = snapshot.num_waiting_reqs
+    if (queues := snapshot.disaggregation) is not None:
+        waiting += (
+            queues.prefill_bootstrap_queue_reqs
+            + queues.prefill_inflight_queue_reqs
+            + queues.decode_prealloc_queue_reqs
+            + queues.decode_transfer_queue_reqs
+        )
+    return RankLoad(rank, snapshot.num_running_reqs, waiting, -(-snapshot.num_used_tokens // block_size), total_blocks)
+
+
+def _with_ports(spec: LaunchSpec) -> LaunchSpec:
+    """As it is, or for an engine on one node that was given no ports, with free ones."""
+    if spec.num_nodes > 1 or spec.place.ports:
+        return spec
+    count = sglang_args.EVENTS + 3 * sglang_args.num_local_ranks(spec)
+    first = free_consecutive_ports(spec.place.address, count)
+    return dataclasses.replace(spec, nodes=(NodePlace(spec.place.address, tuple(range(first, first + count))),))
+
+
+def _page_size(engine: Any, version: str) -> int:
+    """As SGLang settled it: some attention backends have only one."""
+    if version == "0.5.16":
+        return int(engine.server_args.page_size)
+    from sglang.srt.runtime_context import get_schedule
+
+    return int(get_schedule().page_size)
+
+
+def _end(engine: Any) -> None:
+    """End an engine's processes and close what it opened here. SGLang's own shutdown ends every child of this process,
+    another engine's too, and leaves its sockets and files."""
+    import atexit
+
+    atexit.unregister(engine.shutdown)
+    processes = [process for pid in engine.get_all_child_pids() for process in _family(pid)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
+    multiprocessing.active_children()  # Reaps those that have ended.
+    manager = engine.tokenizer_manager
+    closing: list[Callable[[], Any]] = []
+    if manager is not None:
+        bootstrap = getattr(manager, "bootstrap_server", None)
+        if bootstrap is not None:
+            closing.append(bootstrap.close)
+        closing += [
+            lambda: manager.recv_from_detokenizer.context.destroy(linger=0),
+            lambda: engine.send_to_rpc.context.destroy(linger=0),
+            manager.load_snapshot_reader.close,
+        ]
+    closing.append(engine.loop.close)
+    for close in closing:
+        try:
+            close()
+        except Exception as error:  # noqa: BLE001 - whatever a closed socket says, the next one is closed too
+            log.info("SGLang left something open: %r", error)
+    for name in dataclasses.asdict(engine.port_args).values():
+        if isinstance(name, str) and name.startswith("ipc://"):
+            Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []

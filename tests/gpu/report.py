@@ -1,0 +1,536 @@
+"""SGLang on real GPUs through the whole stack, and what the stack costs: one run, one table.
+
+python tests/gpu/report.py --out FOLDER [--sections aggregated,split,wide,cost]
+
+Needs one GPU (two for what its name says), SGLang, and the tokenizer that `make models` makes. Each section deploys
+with `dynamo_ray.up` on a Ray of its own and ends it again. FOLDER gets table.md, results.json and the logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "tests/support"), str(ROOT / "tests/bench")]
+os.environ["RAY_AUTH_MODE"] = "disabled"  # read when Ray is imported
+
+import model  # noqa: E402
+import psutil  # noqa: E402
+import sse_load  # noqa: E402
+from deployments import free_port, http, wait_until  # noqa: E402
+
+ENGINE_ARGS: dict[str, Any] = {
+    "load_format": "dummy",
+    "page_size": 64,
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "random_seed": 1,
+}
+"""Kernels that need nothing beyond sgl-kernel and Triton; see docs/gpu.md."""
+OURS, THEIRS = "ours", "SGLang's"
+ISL, OSL = 512, 128
+BLOCK = 64
+GREEDY_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    section: str
+    what: str
+    value: str
+    target: str = ""
+    ok: bool | None = None
+    """None: recorded, not judged."""
+
+
+class Report:
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.rows: list[Row] = []
+        self.started_s = time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+
+    def say(self, line: str) -> None:
+        print(f"[{time.monotonic() - self.started_s:6.1f} s] {line}", flush=True)
+
+    def row(self, section: str, what: str, value: str, target: str = "", ok: bool | None = None) -> None:
+        self.rows.append(Row(section, what, value, target, ok))
+        self.say(f"{section}: {what}: {value}" + ("" if ok is None else "  ok" if ok else f"  MISSED ({target})"))
+
+    def table(self) -> str:
+        lines = ["| section | what | value | target | held |", "| --- | --- | --- | --- | --- |"]
+        held = {None: "", True: "yes", False: "**no**"}
+        lines += [f"| {r.section} | {r.what} | {r.value} | {r.target} | {held[r.ok]} |" for r in self.rows]
+        return "\n".join(lines)
+
+    def write(self) -> None:
+        (self.out / "table.md").write_text(self.table() + "\n")
+        (self.out / "results.json").write_text(json.dumps([asdict(row) for row in self.rows], indent=1))
+
+
+# Deployments
+
+
+@dataclass(frozen=True)
+class Stack:
+    url: str
+
+    def complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
+        body = {"model": model.NAME, "prompt": prompt, "temperature": 0, "ignore_eos": True, **options}
+        status, text = http("POST", f"{self.url}/v1/completions", body, timeout_s=120)
+        assert status == 200, text
+        answer: dict[str, Any] = json.loads(text)
+        return answer
+
+    def metric(self, name: str, **labels: str) -> float:
+        _, text = http("GET", f"{self.url}/metrics")
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        lines = [line for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(part in line for part in wanted))
+
+
+def num_gpus() -> int:
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return len(found.stdout.splitlines()) if found.returncode == 0 else 0
+
+
+@contextmanager
+def ray_cluster(nodes: list[dict[str, Any]], name: str, report: Report) -> Iterator[str]:
+    """Raylets on this machine, one a node, each {"visible": CUDA_VISIBLE_DEVICES, "gpus": how many}; its address."""
+    from dynamo_ray.cli import local_ray, processes
+
+    with local_ray.scratch() as folder:
+        port = free_port()
+        base = {**os.environ, **local_ray.environment(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+        try:
+            for index, node in enumerate(nodes):
+                where = (
+                    ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder / 'ray'}"]
+                    if index == 0
+                    else [f"--address=127.0.0.1:{port}"]
+                )
+                command = [
+                    sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--node-ip-address=127.0.0.1",
+                    f"--num-gpus={node['gpus']}", "--num-cpus=8", "--object-store-memory=100000000",
+                    "--disable-usage-stats",
+                ]  # fmt: skip
+                done = subprocess.run(
+                    command,
+                    env={**base, "CUDA_VISIBLE_DEVICES": node["visible"]},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                assert done.returncode == 0, done.stdout + done.stderr
+            yield f"127.0.0.1:{port}"
+        finally:
+            kept = report.out / "ray" / name
+            shutil.copytree(folder / "ray" / "session_latest" / "logs", kept, dirs_exist_ok=True, symlinks=False)
+            processes.end(str(folder))
+
+
+@contextmanager
+def deployed(name: str, args: dict[str, Any], nodes: list[dict[str, Any]], report: Report) -> Iterator[Stack]:
+    from dynamo_ray import DeploymentConfig, up
+
+    config = DeploymentConfig.model_validate({**common(report), **args})
+    with ray_cluster(nodes, name, report) as address:
+        began_s = time.monotonic()
+        with up(config, address=address, port=free_port(), progress=report.say, report=_phases(report)) as deployment:
+            report.say(f"{name}: ready {time.monotonic() - began_s:.0f} s after it was asked for")
+            yield Stack(deployment.url)
+
+
+def _phases(report: Report) -> Callable[[Any], None]:
+    def changed(statuses: Any) -> None:
+        report.say("; ".join(f"{each.worker} {each.phase}: {each.detail[:300]}" for each in statuses))
+
+    return changed
+
+
+def common(report: Report) -> dict[str, Any]:
+    return {
+        "model": {"name": model.NAME, "path": str(report.out / "model")},
+        "backend": "sglang",
+        "engine_version": "0.5.16",
+        "accelerator": gpu_kind(),
+    }
+
+
+def gpu_kind() -> str:
+    import torch
+
+    return next(kind for kind in ("H200", "H100", "B200", "A100") if kind in torch.cuda.get_device_name(0))
+
+
+def role(fraction: float, *, gpu: str | None = None, wide: bool = False, **engine_args: Any) -> dict[str, Any]:
+    """One worker. `gpu`: on that GPU whichever Ray hands out, to have two workers share it."""
+    env = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    return {
+        "parallelism": {"attn_dp": 2, "moe_ep": 2} if wide else {},
+        "env": env,
+        "engine_args": {**ENGINE_ARGS, "mem_fraction_static": fraction, **engine_args},
+    }
+
+
+# Prompts
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    rng = random.Random(f"{length}-{seed}")
+    return [rng.randrange(1000, 40000) for _ in range(length)]
+
+
+LENGTHS = (1, 63, 64, 65, 200, 512, 700, 1024)
+
+
+def greedy_answers(stack: Stack) -> list[str]:
+    return [stack.complete(prompt(length, 7), max_tokens=GREEDY_TOKENS)["choices"][0]["text"] for length in LENGTHS]
+
+
+def cached(answer: dict[str, Any]) -> int:
+    found: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return found
+
+
+# Sections
+
+
+def aggregated(report: Report) -> None:
+    """One GPU: an aggregated worker, and its answers as the reference for the split ones."""
+    with deployed("aggregated", {"aggregated": role(0.5)}, [{"visible": "0", "gpus": 1}], report) as stack:
+        answers = greedy_answers(stack)
+        (report.out / "aggregated.json").write_text(json.dumps(answers))
+        distinct = len(set(answers))
+        report.row(
+            "1 GPU, aggregated", "greedy answers of 8 prompts, distinct", f"{distinct} of 8", ">= 6", distinct >= 6
+        )
+        ids = prompt(1024, 1)
+        first, second = (stack.complete(ids, max_tokens=4) for _ in range(2))
+        values = (cached(first), cached(second))
+        report.row(
+            "1 GPU, aggregated",
+            "cached tokens of a 1,024-token prompt, first and again",
+            f"{values[0]} and {values[1]}",
+            "0 and >= 960",
+            values[0] == 0 and values[1] >= 960,
+        )
+        wait_until(lambda: stack.metric("dynamo_ray_index_blocks") >= 16, 10, "the router's index has the blocks")
+        blocks = stack.metric("dynamo_ray_index_blocks")
+        report.row(
+            "1 GPU, aggregated", "blocks in the router's index by KV events", f"{blocks:.0f}", ">= 16", blocks >= 16
+        )
+        _leave(report, stack, "1 GPU, aggregated")
+
+
+def split(report: Report) -> None:
+    """Prefill and decode over NIXL: on one GPU, and where there are two, one each."""
+    expected = json.loads((report.out / "aggregated.json").read_text())
+    layouts = [("prefill and decode on one GPU", [{"visible": "0", "gpus": 2}], "0")]
+    if num_gpus() > 1:
+        layouts.append(("prefill on GPU 0, decode on GPU 1", [{"visible": "0,1", "gpus": 2}], None))
+    for title, nodes, gpu in layouts:
+        fraction = 0.35 if gpu else 0.6
+        args = {"prefill": role(fraction, gpu=gpu), "decode": role(fraction, gpu=gpu)}
+        name = f"split-{len(nodes[0]['visible'])}"
+        with deployed(name, args, nodes, report) as stack:
+            first_s = _timed(lambda: stack.complete(prompt(1024, 50), max_tokens=1))
+            later_s = statistics.median(
+                _timed(lambda seed=seed: stack.complete(prompt(1024, seed), max_tokens=1)) for seed in range(51, 56)
+            )
+            before = stack.metric("dynamo_ray_transferred_tokens_total")
+            answers = greedy_answers(stack)
+            moved = stack.metric("dynamo_ray_transferred_tokens_total") - before
+            same = sum(a == b for a, b in zip(answers, expected, strict=True))
+            report.row(
+                title, "greedy answers equal to aggregated", f"{same} of {len(expected)}", "all", same == len(expected)
+            )
+            report.row(title, "prompt tokens handed over", f"{moved:.0f}", f"{sum(LENGTHS)}", moved == sum(LENGTHS))
+            again = [stack.complete(prompt(1024, 60), max_tokens=4) for _ in range(2)]
+            report.row(
+                title, "cached tokens at prefill, again", f"{cached(again[1])}", ">= 960", cached(again[1]) >= 960
+            )
+            report.row(title, "1,024-token prompt to the answer's end, first", f"{1000 * first_s:.0f} ms")
+            report.row(title, "the same, later (median of 5)", f"{1000 * later_s:.0f} ms")
+            _transfer_rows(report, title)
+            _leave(report, stack, title)
+        computed = _decode_computed(report, name)
+        report.row(title, "prompt tokens that decode's log says it computed", str(computed), "0", computed == 0)
+
+
+def wide(report: Report) -> None:
+    """Two GPUs: DP attention and expert parallelism, on one node and over two, and behind a prefill worker."""
+    if num_gpus() < 2:
+        report.say("wide: needs two GPUs")
+        return
+    title = "2 GPUs, aggregated DEP2"
+    with deployed("wide", {"aggregated": role(0.6, wide=True)}, [{"visible": "0,1", "gpus": 2}], report) as stack:
+        hits, used = _second_turns(stack)
+        report.row(title, "second turns that found their first turn's blocks", f"{hits} of 16", "16", hits == 16)
+        report.row(title, "DP ranks that served them", str(used), "2", used == 2)
+        _leave(report, stack, title)
+    title = "2 GPUs, prefill and decode DEP2"
+    args = {"prefill": role(0.3, gpu="0"), "decode": role(0.3, gpu="0,1", wide=True)}
+    with deployed("split-wide", args, [{"visible": "0,1", "gpus": 3}], report) as stack:
+        before = stack.metric("dynamo_ray_transferred_tokens_total")
+        answers = greedy_answers(stack)
+        moved = stack.metric("dynamo_ray_transferred_tokens_total") - before
+        report.row(title, "answers over both decode ranks", f"{len(answers)} of 8", "8", len(answers) == 8)
+        report.row(title, "prompt tokens handed over", f"{moved:.0f}", f"{sum(LENGTHS)}", moved == sum(LENGTHS))
+        _leave(report, stack, title)
+
+
+def nodes(report: Report) -> None:
+    """Two GPUs as two nodes: one DEP2 engine over both."""
+    if num_gpus() < 2:
+        report.say("nodes: needs two GPUs")
+        return
+    title = "2 nodes of 1 GPU, aggregated DEP2"
+    args = {"aggregated": {**role(0.6, wide=True), "nodes": 2}}
+    with deployed("nodes", args, [{"visible": "0", "gpus": 1}, {"visible": "1", "gpus": 1}], report) as stack:
+        hits, used = _second_turns(stack)
+        report.row(title, "second turns that found their first turn's blocks", f"{hits} of 16", "16", hits == 16)
+        report.row(title, "DP ranks that served them", str(used), "2", used == 2)
+        _leave(report, stack, title)
+
+
+def cost(report: Report) -> None:
+    """One GPU: our stack and SGLang's own server, both up, loaded one after the other."""
+    last = str(num_gpus() - 1)
+    own_gpu = num_gpus() > 1
+    fraction = 0.7 if own_gpu else 0.4
+    with ExitStack() as stack:
+        url = stack.enter_context(_server(report, last, fraction))
+        ours = stack.enter_context(
+            deployed("cost", {"aggregated": role(fraction, gpu="0")}, [{"visible": "0", "gpus": 1}], report)
+        )
+        peers = {THEIRS: url, OURS: ours.url}
+        for peer in peers.values():
+            asyncio.run(_load(peer, 64, seed=0))  # kernels for these batch sizes
+        single = {name: _singles(url) for name, url in peers.items()}
+        added = 1000 * (single[OURS] - single[THEIRS])
+        report.row(
+            "cost of the stack", "TTFT of one request at a time, ours - SGLang's (median of 40)",
+            f"{1000 * single[OURS]:.2f} - {1000 * single[THEIRS]:.2f} = {added:.2f} ms", "<= 3 ms", added <= 3,
+        )  # fmt: skip
+        for streams in (64, 256):
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in peers}
+            for turn in range(4):
+                for name, peer in peers.items():
+                    found[name].append(asyncio.run(_load(peer, streams, seed=1 + turn)))
+            _cost_rows(report, streams, found)
+        _leave(report, ours, "cost of the stack")
+
+
+def _cost_rows(report: Report, streams: int, found: dict[str, list[dict[str, Any]]]) -> None:
+    title = f"cost of the stack, {streams} streams, {ISL} in, {OSL} out"
+    mid = {
+        name: {
+            key: statistics.median(run[key] for run in runs) for key in ("tokens_per_s", "ttft_p50_ms", "itl_p50_ms")
+        }
+        for name, runs in found.items()
+    }
+    ours, theirs = mid[OURS], mid[THEIRS]
+    failed = sum(run["streams"] - run["ok"] for runs in found.values() for run in runs)
+    report.row(title, "requests that failed", str(failed), "0", failed == 0)
+    speed = ours["tokens_per_s"] / theirs["tokens_per_s"]
+    report.row(
+        title, "tokens/s, ours / SGLang's own server (median of 4)",
+        f"{ours['tokens_per_s']:.0f} / {theirs['tokens_per_s']:.0f} = {speed:.3f}", ">= 0.98", speed >= 0.98,
+    )  # fmt: skip
+    added = ours["ttft_p50_ms"] - theirs["ttft_p50_ms"]
+    report.row(
+        title, "median TTFT, ours - SGLang's",
+        f"{ours['ttft_p50_ms']:.1f} - {theirs['ttft_p50_ms']:.1f} = {added:.1f} ms", "<= 3 ms", added <= 3,
+    )  # fmt: skip
+    slower = ours["itl_p50_ms"] / theirs["itl_p50_ms"]
+    report.row(
+        title, "median ITL, ours / SGLang's",
+        f"{ours['itl_p50_ms']:.2f} / {theirs['itl_p50_ms']:.2f} ms = {slower:.3f}", "<= 1.03", slower <= 1.03,
+    )  # fmt: skip
+
+
+async def _load(url: str, streams: int, seed: int) -> dict[str, Any]:
+    prompts = [prompt(ISL, 10_000 * seed + 100 * streams + index) for index in range(streams)]
+    done: dict[str, Any] = await sse_load.load_prompts(url, model.NAME, prompts, OSL)
+    return done | {"tokens_per_s": done["tokens"] / done["wall_s"]}
+
+
+def _singles(url: str) -> float:
+    """Median time to first token of one request at a time, seconds."""
+    found = []
+    for seed in range(40):
+        done = asyncio.run(sse_load.load_prompts(url, model.NAME, [prompt(ISL, 5_000 + seed)], 4))
+        found.append(done["ttft_p50_ms"] / 1000)
+    return statistics.median(found)
+
+
+@contextmanager
+def _server(report: Report, gpu: str, fraction: float) -> Iterator[str]:
+    """SGLang's own HTTP server, of the same engine arguments."""
+    port = free_port()
+    flags = [
+        part
+        for key, value in {**ENGINE_ARGS, "mem_fraction_static": fraction}.items()
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    command = [
+        sys.executable, "-m", "sglang.launch_server", "--model-path", str(report.out / "model"), "--served-model-name",
+        model.NAME, "--host", "127.0.0.1", "--port", str(port), "--grammar-backend", "none", *flags,
+    ]  # fmt: skip
+    log = (report.out / "server.log").open("w")
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: _answers(url, process), 300, f"SGLang's server answers; see {log.name}", every_s=1)
+        report.say("SGLang's own server is ready")
+        yield url
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            member.kill()
+        process.wait()
+        log.close()
+
+
+def _answers(url: str, process: subprocess.Popen[Any]) -> bool:
+    assert process.poll() is None, "SGLang's server ended"
+    try:
+        return http("GET", f"{url}/health_generate", timeout_s=5)[0] == 200
+    except OSError:
+        return False
+
+
+def _second_turns(stack: Stack) -> tuple[int, int]:
+    """Of 16 conversations: how many second turns found the first's blocks, and how many ranks held blocks at once."""
+    firsts = [prompt(640, 900 + number) for number in range(16)]
+    for ids in firsts:
+        stack.complete(ids, max_tokens=8)
+    wait_until(lambda: stack.metric("dynamo_ray_index_blocks") >= 160, 20, "the index has every block")
+    hits = sum(cached(stack.complete([*ids, *prompt(40, 5)], max_tokens=4)) >= 640 for ids in firsts)
+    asyncio.run(_load(stack.url, 32, seed=77))
+    used = sum(stack.metric("dynamo_ray_routed_legs", dp_rank=str(rank)) > 0 for rank in (0, 1))
+    return hits, used
+
+
+def _transfer_rows(report: Report, title: str) -> None:
+    """What SGLang's prefill scheduler says of its hand-offs."""
+    from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader
+
+    for path in Path("/dev/shm").glob("sglang_loads_*"):
+        snapshot = ShmLoadSnapshotReader(str(path), 1).read(0)
+        told = None if snapshot is None else snapshot.disaggregation
+        if told is not None and told.mode == "prefill" and told.kv_transfer_latency_ms:
+            num_bytes = 1024 * model.KV_BYTES_PER_TOKEN
+            report.row(title, "bytes of a 1,024-token hand-off", f"{num_bytes:,}")
+            report.row(
+                title, "SGLang's word on its last hand-off",
+                f"{told.kv_transfer_latency_ms:.2f} ms, {told.kv_transfer_speed_gb_s:.3f} GB/s",
+            )  # fmt: skip
+            return
+    report.row(title, "SGLang's word on its hand-offs", "none found")
+
+
+def _decode_computed(report: Report, name: str) -> int:
+    """Prompt tokens in decode's own log lines of prefill batches; a decode scheduler that computes none has no such."""
+    computed = 0
+    for log in (report.out / "ray" / name).glob("worker-*"):
+        text = log.read_text(errors="replace")
+        if "disaggregation_mode='decode'" in text:
+            computed += sum(
+                int(line.split("#new-token: ")[1].split(",")[0])
+                for line in text.splitlines()
+                if "Prefill batch" in line and "#new-token: " in line
+            )
+    return computed
+
+
+def _leave(report: Report, stack: Stack, title: str) -> None:
+    """A client that leaves: what it held is free again at once."""
+    body = {"model": model.NAME, "prompt": prompt(600, 1234), "max_tokens": 4000, "stream": True, "ignore_eos": True}
+
+    async def leave() -> None:
+        host, port = stack.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        raw = json.dumps(body).encode()
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(raw) + raw
+        )
+        while b"data: {" not in await reader.readline():
+            pass
+        writer.close()
+
+    asyncio.run(leave())
+    began_s = time.monotonic()
+    wait_until(lambda: stack.metric("dynamo_ray_worker_kv_used_blocks") == 0, 15, "its KV is free")
+    report.row(
+        title,
+        "KV free after a client left",
+        f"{time.monotonic() - began_s:.1f} s",
+        "<= 5 s",
+        time.monotonic() - began_s <= 5,
+    )
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    began_s = time.perf_counter()
+    call()
+    return time.perf_counter() - began_s
+
+
+SECTIONS: dict[str, Callable[[Report], None]] = {
+    "aggregated": aggregated,
+    "split": split,
+    "wide": wide,
+    "nodes": nodes,
+    "cost": cost,
+}
+
+
+def run(out: Path, sections: list[str]) -> list[Row]:
+    """Run the sections; one that fails is a row, and the others go on."""
+    report = Report(out)
+    model.make(out / "model")
+    for name in sections:
+        try:
+            SECTIONS[name](report)
+        except Exception as error:  # noqa: BLE001 - the others are worth having
+            traceback.print_exc()
+            report.row(name, "failed", f"{type(error).__name__}: {error}"[:600].replace("\n", " "), "", False)
+        report.write()
+    return report.rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    given = parser.parse_args()
+    rows = run(given.out, given.sections.split(","))
+    print((given.out / "table.md").read_text())
+    sys.exit(any(row.ok is False for row in rows))
+
+
+if __name__ == "__main__":
+    main()
