@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from backends import BACKENDS
 from backends.engine import Role
+
+Launcher = Literal["processes", "ray"]
+LAUNCHERS: dict[str, tuple[Launcher, ...]] = {
+    "simulated": ("processes",),
+    "vllm": ("processes",),
+    "sglang": ("processes", "ray"),
+    "trtllm": ("ray",),
+}
+"""How each backend can start its ranks; the first, where a role does not say."""
 
 
 class _Frozen(BaseModel):
@@ -80,8 +89,9 @@ class RoleConfig(_Frozen):
     resources: ResourcesConfig = ResourcesConfig()
     env: dict[str, str] = {}
     """Environment of the engine's processes."""
-    launcher: Literal["processes", "ray"] = "processes"
-    """`processes`: each node starts its own share of the engine. `ray`: the engine starts its ranks as Ray actors."""
+    launcher: Launcher | None = None
+    """`processes`: each node starts its own share of the engine. `ray`: the engine starts its ranks as Ray actors.
+    None: as DeploymentConfig.launcher says."""
     engine_args: dict[str, Any] = {}
     """Passed to the engine under its own names."""
 
@@ -133,7 +143,7 @@ class DeploymentConfig(_Frozen):
     """The whole deployment. Either `aggregated`, or `prefill` and `decode`."""
 
     model: ModelConfig
-    backend: Literal["simulated", "vllm"]
+    backend: Literal["simulated", "vllm", "sglang", "trtllm"]
     engine_version: str | None = None
     """Engine flags are checked against this version, and no other may be installed; None: the newest supported."""
     accelerator: str = "cpu"
@@ -165,10 +175,19 @@ class DeploymentConfig(_Frozen):
         return self
 
     @model_validator(mode="after")
-    def _check_experts(self) -> DeploymentConfig:
-        asked = [role.value for role, config in self.roles.items() if config.parallelism.redundant_experts]
-        if self.backend == "vllm" and asked:
-            raise ValueError(f"{asked[0]}.parallelism.redundant_experts: not with vllm here; leave it out")
+    def _check_launchers(self) -> DeploymentConfig:
+        possible = LAUNCHERS[self.backend]
+        for role in self.roles:
+            launcher = self.launcher(role)
+            if launcher not in possible:
+                raise ValueError(
+                    f"{role.value}.launcher: {self.backend} starts by {' or '.join(possible)}; leave it out"
+                )
+            if role is Role.PREFILL and self.backend == "sglang" and launcher == "ray":
+                raise ValueError(
+                    "prefill.launcher: SGLang's Ray engine makes its bootstrap server too late for its own ranks to "
+                    "register there; use processes"
+                )
         return self
 
     @property
@@ -177,5 +196,9 @@ class DeploymentConfig(_Frozen):
         given = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.AGGREGATED: self.aggregated}
         return {role: config for role, config in given.items() if config is not None}
 
+    def launcher(self, role: Role) -> Launcher:
+        """How that role's ranks are started."""
+        return self.roles[role].launcher or LAUNCHERS[self.backend][0]
 
-assert set(BACKENDS) == {"simulated", "vllm"}, "config.DeploymentConfig.backend names every adapter"
+
+assert set(BACKENDS) == LAUNCHERS.keys() == set(get_args(DeploymentConfig.model_fields["backend"].annotation))

@@ -13,8 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 import backends
-from backends.engine import EngineStartError
-from dynamo_ray.config import DeploymentConfig
+from backends.engine import EngineStartError, Role
+from dynamo_ray.cluster.launches import Launch, disagreements, launches
+from dynamo_ray.config import DeploymentConfig, RoleConfig
 from dynamo_ray.errors import ConfigError, Problem
 
 IMPORT_PATH = "dynamo_ray.app:build"
@@ -151,15 +152,43 @@ def check_args(document: Document, path: Place, args: dict[str, Any]) -> tuple[D
         config = DeploymentConfig.model_validate(args)
     except ValidationError as error:
         return None, problems_of(document, path, DeploymentConfig, error)
-    problems = []
-    for role, role_config in config.roles.items():
+    return config, _engine_problems(document, path, config)
+
+
+def _engine_problems(document: Document, path: Place, config: DeploymentConfig) -> list[Problem]:
+    """What the engines would not take: the user's own arguments, then all that follows from the configuration."""
+    try:
+        version = backends.resolve_version(config.backend, config.engine_version)
+    except EngineStartError as error:
+        return [_start_problem(document, path, "", error)]
+    problems = [
+        document.problem((*path, role.value, "engine_args", *mistake.key), mistake.message)
+        for role, role_config in config.roles.items()
+        for mistake in backends.mistakes(config.backend, version, role_config.engine_args)
+    ]
+    if problems:
+        return problems
+    leaders: dict[Role, Launch] = {}
+    for role in config.roles:
         try:
-            backends.check_args(config.backend, role, role_config.engine_args)
+            leaders[role] = launches(config, role)[0]
         except EngineStartError as error:
-            key = str(error).split(":")[0].removeprefix("engine_args.")
-            message = str(error).partition(": ")[2] or str(error)
-            problems.append(document.problem((*path, role.value, "engine_args", key), message))
-    return config, problems
+            problems.append(_start_problem(document, path, role.value, error))
+    for found in disagreements(config, leaders):
+        where = ("env",) if found.in_environment else ("engine_args",)
+        problems.append(document.problem((*path, "decode", *where, *found.name.split(".")), found.message))
+    return problems
+
+
+def _start_problem(document: Document, path: Place, role: str, error: EngineStartError) -> Problem:
+    """At the field with which the message begins, a role's or the deployment's; else at the role."""
+    field, _, message = str(error).partition(": ")
+    parts = field.split(".")
+    if role and parts[0] in RoleConfig.model_fields:
+        return document.problem((*path, role, *parts), message)
+    if parts[0] in DeploymentConfig.model_fields:
+        return document.problem((*path, *parts), message)
+    return document.problem((*path, role) if role else path, str(error))
 
 
 def problems_of(document: Document, path: Place, model: type[BaseModel], error: ValidationError) -> list[Problem]:

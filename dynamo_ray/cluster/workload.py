@@ -106,7 +106,7 @@ def launch_specs(
             transfer_backend=config.transfer.backend,
             kv_events=config.events != "none",
             version=config.engine_version,
-            launcher=work.config.launcher,
+            launcher=config.launcher(work.role),
             loras={name: str(Path(path).expanduser()) for name, path in config.model.loras.items()},
             engine_args=dict(work.config.engine_args),
         )

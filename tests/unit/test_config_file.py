@@ -40,7 +40,7 @@ def test_a_good_file_has_no_problems_and_one_application(tmp_path: Path) -> None
     [
         ("replicas: 2", "replcas: 2", "applications[0].args.aggregated.replcas", 8, "did you mean `replicas`?"),
         ("replicas: 2", "replicas: 0", "applications[0].args.aggregated.replicas", 8, "it is 0"),
-        ("simulated", "vlm", "applications[0].args.backend", 6, "'simulated' or 'vllm'"),
+        ("simulated", "vlm", "applications[0].args.backend", 6, "'simulated', 'vllm', 'sglang' or 'trtllm'"),
         ("name: m, ", "", "applications[0].args.model.name", 5, "missing"),
         (
             "replicas: 2",
