@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from backends import admission, arguments, sglang_args, sglang_requests
+from backends import admission, arguments, failures, sglang_args, sglang_requests
 from backends.engine import (
     Command,
     EngineError,
@@ -44,6 +44,7 @@ from backends.engine import (
     UpdateWeights,
     Wake,
 )
+from backends.output import OutputCapture
 from backends.processes import DeathWatch, Launcher, WatchedPid, free_consecutive_ports, interface_of
 from backends.sglang_processes import (
     ADDRESS_VARIABLE,
@@ -76,6 +77,7 @@ class SGLangEngine:
         self._startup = Startup()
         self._watch: DeathWatch | None = None
         self._launcher = Launcher(f"sglang-{spec.worker}")
+        self._output: OutputCapture | None = None
 
     async def start(self) -> EngineInfo | None:
         return await self._startup.run(self._start())
@@ -112,7 +114,7 @@ class SGLangEngine:
         return tuple(rank_load(rank, snapshots.get(rank), self._block_size, total) for rank in range(self.spec.attn_dp))
 
     def last_lines(self) -> tuple[str, ...]:
-        return ()
+        return () if self._output is None else self._output.last_lines()
 
     async def check_health(self) -> None:
         if self.spec.node_rank == 0:
@@ -145,7 +147,8 @@ class SGLangEngine:
         self.spec = spec = _with_ports(self.spec)
         args = sglang_args.engine_args(spec, self._version)
         must, defaults = sglang_args.environment(spec, interface_of(spec.place.address))
-        must |= {ADDRESS_VARIABLE: spec.place.address}
+        self._output = OutputCapture()
+        must |= {ADDRESS_VARIABLE: spec.place.address, **self._output.environment}
         try:
             self._engine = await self._launcher.run(lambda: self._launch(args), _end, must, defaults)
             self._watch = DeathWatch(self.processes())
@@ -159,7 +162,8 @@ class SGLangEngine:
             await self._shut_down()
             if isinstance(error, EngineStartError) or not isinstance(error, Exception):
                 raise
-            raise EngineStartError(f"SGLang did not start: {error or repr(error)}") from None
+            lines = (*self.last_lines(), f"{type(error).__name__}: {error}")
+            raise failures.start_error(lines, "sglang", spec.role) from None
         self.info = info
         return info
 
@@ -345,6 +349,8 @@ class SGLangEngine:
                 await asyncio.gather(*manager.asyncio_tasks, return_exceptions=True)
             await asyncio.to_thread(_end, engine)
         await self._launcher.finish()
+        if self._output is not None:
+            self._output.close()
 
 
 def rank_load(rank: int, snapshot: Any, block_size: int, total_blocks: int) -> RankLoad:

@@ -7,6 +7,7 @@ import os
 import signal
 from typing import Any
 
+from backends.output import redirect_output
 from backends.processes import die_with_parent
 
 ADDRESS_VARIABLE = "DYNAMO_RAY_SGLANG_ADDRESS"
@@ -47,6 +48,7 @@ def ignore_failure_signal() -> None:
 
 
 def _begin() -> None:
+    redirect_output()
     die_with_parent()
     # Ignored in our parent and so in us; a controller whose scheduler fails must end of it.
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
