@@ -11,7 +11,8 @@ from typing import cast
 
 import msgspec
 
-from backends.engine import Engine, EngineError, EngineInfo, GenerateRequest, TokenChunk
+from backends.engine import Command, Engine, EngineError, EngineInfo, GenerateRequest, TokenChunk
+from dynamo_ray.cluster.commands import Hold, empties_caches
 from dynamo_ray.request import wire
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class WorkerServer:
         self.secret = secret
         self.max_queued_requests = max_queued_requests
         self.draining = False
+        self.holds: frozenset[Hold] = frozenset()
+        self.flushes = 0
         self.peers: set[_Peer] = set()
         self.num_requests = 0
         self._worker, self._epoch, self._host, self._port = worker, epoch, host, port
@@ -78,6 +81,34 @@ class WorkerServer:
             return False
         return True
 
+    def hold(self, holds: frozenset[Hold]) -> frozenset[Hold]:
+        """Refuse new requests for these reasons too, and have ingresses send none; returns those that are new."""
+        new = holds - self.holds
+        self.holds |= holds
+        self._send_heartbeat()
+        return new
+
+    def unhold(self, holds: frozenset[Hold]) -> None:
+        self.holds -= holds
+        self._send_heartbeat()
+
+    async def control(self, command: Command) -> None:
+        """Have the engine carry it out; whether requests come meanwhile is up to `hold`.
+
+        Raises:
+            EngineError: As `Engine.control`.
+        """
+        try:
+            await self.engine.control(command)
+        finally:
+            if empties_caches(command):  # perhaps half, where it failed
+                self.flushes += 1
+                self._send_heartbeat()
+
+    @property
+    def paused(self) -> str | None:
+        return " and ".join(sorted(self.holds)) or None
+
     async def stop(self) -> None:
         """Close every connection, aborting its requests; safe to call twice."""
         if self._heartbeats is not None:
@@ -105,8 +136,11 @@ class WorkerServer:
             self._send_heartbeat()
             await asyncio.sleep(wire.HEARTBEAT_INTERVAL_S)
 
+    def heartbeat(self) -> wire.Heartbeat:
+        return wire.Heartbeat(self.engine.load(), self.draining, self.paused, self.flushes)
+
     def _send_heartbeat(self) -> None:
-        frame = wire.encode(wire.Heartbeat(self.engine.load(), self.draining))
+        frame = wire.encode(self.heartbeat())
         for peer in list(self.peers):
             peer.write(frame)
 
@@ -186,12 +220,14 @@ class _Peer(asyncio.Protocol):
         self._reader.max_frame_bytes = wire.MAX_FRAME_BYTES
         server.peers.add(self)
         self.write(wire.encode(wire.Welcome(wire.proof(server.secret, b"server", hello.nonce), server.info)))
-        self.write(wire.encode(wire.Heartbeat(server.engine.load(), server.draining)))
+        self.write(wire.encode(server.heartbeat()))
 
     def _submit(self, request: GenerateRequest) -> None:
         server, request_id = self._server, request.request_id
         if server.draining:
             self._fail(request_id, "the worker is draining", retryable=True, overloaded=True)
+        elif server.paused is not None:
+            self._fail(request_id, f"the worker {server.paused}", retryable=True, overloaded=True)
         elif server.num_requests >= server.max_queued_requests:
             limit = server.max_queued_requests
             self._fail(request_id, f"the worker already has {limit} requests", retryable=True, overloaded=True)
@@ -212,6 +248,9 @@ class _Peer(asyncio.Protocol):
             chunks: AsyncGenerator[TokenChunk] = self._server.engine.generate(request)
             async with aclosing(chunks):
                 async for chunk in chunks:
+                    if chunk.finish_reason == "abort" and self._server.paused is not None:
+                        # The command ended it, not its client, who gets the answer from another worker.
+                        raise EngineError(f"it ended unfinished: the worker {self._server.paused}")
                     self._push(chunk)
         except EngineError as error:
             self._fail(request.request_id, error.message, retryable=error.retryable, field=error.field)

@@ -149,8 +149,9 @@ def _merge(chunks: list[TokenChunk]) -> TokenChunk:
 class WorkerConnection(asyncio.Protocol):
     """A live connection to one incarnation of one worker.
 
-    `on_load(worker_info, loads)` is called at every heartbeat and `on_lost(connection)` once, when the
-    connection has ended: by either side, or because nothing came for `heartbeat_timeout_s`.
+    `on_load(worker_info, loads)` is called at every heartbeat, `on_flush(worker_info)` after a command has emptied its
+    caches, and `on_lost(connection)` once, when the connection has ended: by either side, or because nothing came for
+    `heartbeat_timeout_s`.
     """
 
     def __init__(
@@ -159,15 +160,19 @@ class WorkerConnection(asyncio.Protocol):
         secret: bytes,
         heartbeat_timeout_s: float,
         on_load: Callable[[wire.WorkerInfo, tuple[RankLoad, ...]], None],
+        on_flush: Callable[[wire.WorkerInfo], None],
         on_lost: Callable[[WorkerConnection], None],
     ) -> None:
         self.info = info
         self.loop = asyncio.get_running_loop()
         self.alive = False
         self.draining = False
+        self.paused: str | None = None
+        """Why it takes no new requests until a command ends that."""
+        self._flushes: int | None = None
         self._secret = secret
         self._timeout_s = heartbeat_timeout_s
-        self._on_load, self._on_lost = on_load, on_lost
+        self._on_load, self._on_flush, self._on_lost = on_load, on_flush, on_lost
         self._nonce = secrets.token_bytes(wire.NONCE_BYTES)
         self._reader = wire.FrameReader()
         self._streams: dict[str, TokenStream] = {}
@@ -259,13 +264,19 @@ class WorkerConnection(asyncio.Protocol):
         elif isinstance(message, wire.Welcome) and not self.alive:
             self._welcomed(message)
         elif isinstance(message, wire.Heartbeat) and self.alive:
-            self.draining = message.draining
-            self._on_load(self.info, message.load)
+            self._heard(message)
         elif isinstance(message, wire.Failed) and self.alive:
             self._failed(message)
         else:
             log.error("%s sent %s out of turn", self.info.worker, type(message).__name__)
             self.close()
+
+    def _heard(self, heartbeat: wire.Heartbeat) -> None:
+        self.draining, self.paused = heartbeat.draining, heartbeat.paused
+        flushes, self._flushes = self._flushes, heartbeat.flushes
+        if flushes is not None and flushes != heartbeat.flushes:
+            self._on_flush(self.info)
+        self._on_load(self.info, heartbeat.load)
 
     def _answer(self, challenge: wire.Challenge) -> None:
         if challenge.version != wire.PROTOCOL_VERSION:

@@ -35,7 +35,7 @@ class Dispatch:
         self.membership: Membership | None = None
         self._watch = watch
         self._follower: asyncio.Task[None] | None = None
-        self.workers = Workers(config.limits.heartbeat_timeout_s, self._up, self._down, self._heard)
+        self.workers = Workers(config.limits.heartbeat_timeout_s, self._up, self._down, self._heard, self._flushed)
         self.router = Router(config, self.workers)
         self.events = KVEventSubscriber(self.router.apply, self.router.uncertain)
 
@@ -86,6 +86,9 @@ class Dispatch:
             yield "dynamo_ray_worker_waiting_requests", "Requests that wait inside", labels, load.num_waiting
             yield "dynamo_ray_worker_kv_used_blocks", "KV blocks that requests hold", labels, load.kv_used_blocks
             yield "dynamo_ray_worker_kv_total_blocks", "KV blocks there are", labels, load.kv_total_blocks
+        for holder, count in self.router.num_legs.items():
+            labels = {"worker": holder.worker, "dp_rank": str(holder.dp_rank)}
+            yield "dynamo_ray_routed_legs", "Legs sent to a rank of a live worker", labels, count
         index = self.router.index
         yield "dynamo_ray_index_blocks", "Distinct blocks in the KV index", {}, index.num_blocks
         yield (
@@ -106,6 +109,7 @@ class Dispatch:
     def _explain(self, role: Role) -> str:
         statuses = () if self.membership is None else self.membership.statuses
         phases = [f"{s.worker} is {s.phase}: {s.detail}" for s in statuses if s.role is role and s.phase != Phase.READY]
+        phases += [f"{worker} {why}" for worker, why in self.workers.paused(role).items()]
         return f"no {role} worker is ready ({', '.join(phases) or 'none has been started yet'})"
 
     async def _follow(self) -> None:
@@ -132,3 +136,6 @@ class Dispatch:
 
     def _heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
         self.router.heard(info, loads)
+
+    def _flushed(self, info: WorkerInfo) -> None:
+        self.router.flushed(info)

@@ -16,7 +16,7 @@ from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import InvalidRequest, NotReady, Overloaded
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed, WorkerConnection
-from dynamo_ray.request.wire import WorkerInfo
+from dynamo_ray.request.wire import WorkerInfo, worker_of
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.cost import READS_OVERLAP, Candidate, Decision, Leg, decide
@@ -116,6 +116,12 @@ class Router:
         for load in loads:
             self.table.report(Holder(info.worker, info.epoch, load.dp_rank), load)
 
+    def flushed(self, info: WorkerInfo) -> None:
+        """A command has emptied its caches: nothing that was sent there before is found there again."""
+        for holder in _holders(info):
+            self.index.clear_holder(holder)
+            self._routed.remove_holder(holder)
+
     def apply(self, holder: Holder, batch: KVEventBatch) -> None:
         self.index.apply(holder, batch)
 
@@ -172,14 +178,20 @@ class Router:
         return self.table.book(decision.chosen.holder, max(0, to_compute), leg.prompt_blocks)
 
     def _eligible(self, role: Role, attempt: Attempt) -> list[WorkerConnection]:
-        """Live workers that can, without those that failed this request while there are others; never a full one."""
+        """Live workers that can, without those that failed this request while there are others; never a full one.
+
+        Nodes of one worker fail together, but each has room of its own.
+        """
         live = _able(self._workers.of_role(role), attempt)
         if not live:
-            raise NotReady(f"no {role} worker is ready", retry_after_s=RETRY_AFTER_S)
-        fresh = [c for c in live if c.info.worker not in attempt.excluded]
+            paused = "".join(f"; {worker} {why}" for worker, why in self._workers.paused(role).items())
+            raise NotReady(f"no {role} worker is ready{paused}", retry_after_s=RETRY_AFTER_S)
+        failed = attempt.excluded
+        lost = {worker_of(endpoint) for endpoint, failure in failed.items() if not failure.overloaded}
+        fresh = [c for c in live if c.info.worker not in failed and worker_of(c.info.worker) not in lost]
         if fresh:
             return fresh
-        with_room = [c for c in live if not attempt.excluded[c.info.worker].overloaded]
+        with_room = [c for c in live if c.info.worker not in failed or not failed[c.info.worker].overloaded]
         if not with_room:
             raise Overloaded(f"every {role} worker is full", retry_after_s=RETRY_AFTER_S)
         return with_room

@@ -21,10 +21,24 @@ NONCE_BYTES = 32
 HEARTBEAT_INTERVAL_S = 1.0
 
 
+def endpoint_name(worker: str, node_rank: int) -> str:
+    """What a node that takes requests is called: the first as its worker, the others after it."""
+    return f"{worker}.{node_rank}" if node_rank else worker
+
+
+def worker_of(endpoint: str) -> str:
+    """The worker whose ranks that endpoint serves; the endpoints of one live and die together."""
+    return endpoint.partition(".")[0]
+
+
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """A ready worker, as the ingresses need to know it."""
+    """A ready worker, as the ingresses need to know it; of one whose nodes each take requests, one node.
+
+    To an ingress every endpoint is a worker of its own, with the DP ranks that are served there.
+    """
 
     worker: str
+    """The endpoint's name."""
     epoch: int
     """Grows with every incarnation; what an older one says is dropped."""
     address: str
@@ -90,6 +104,10 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
     load: tuple[RankLoad, ...]
     draining: bool = False
+    paused: str | None = None
+    """Why it takes no requests until a command ends that, as a predicate of its name; those inside go on or wait."""
+    flushes: int = 0
+    """How often a command has emptied its caches."""
 
 
 ToWorker = Hello | Submit | Abort | Release

@@ -24,7 +24,7 @@ class Workers:
     """Connections to every worker of the newest membership.
 
     `on_up` is called when a worker can take requests, `on_down` when it no longer can; each `on_up` is followed
-    by at most one `on_down` of the same incarnation before the next.
+    by at most one `on_down` of the same incarnation before the next. `on_load` and `on_flush` are a connection's.
     """
 
     def __init__(
@@ -33,14 +33,22 @@ class Workers:
         on_up: Callable[[WorkerInfo], None],
         on_down: Callable[[WorkerInfo], None],
         on_load: Callable[[WorkerInfo, tuple[RankLoad, ...]], None],
+        on_flush: Callable[[WorkerInfo], None],
     ) -> None:
         self._timeout_s = heartbeat_timeout_s
-        self._on_up, self._on_down, self._on_load = on_up, on_down, on_load
+        self._on_up, self._on_down, self._on_load, self._on_flush = on_up, on_down, on_load, on_flush
         self._live: dict[str, WorkerConnection] = {}
         self._keepers: dict[Key, asyncio.Task[None]] = {}
 
     def of_role(self, role: Role) -> list[WorkerConnection]:
         """Those that take new requests now, by name."""
+        return [connection for connection in self._serving(role) if connection.paused is None]
+
+    def paused(self, role: Role) -> dict[str, str]:
+        """Those that would, but for a command, and what it made of them."""
+        return {c.info.worker: c.paused for c in self._serving(role) if c.paused is not None}
+
+    def _serving(self, role: Role) -> list[WorkerConnection]:
         return [
             connection
             for _, connection in sorted(self._live.items())
@@ -68,7 +76,9 @@ class Workers:
         """Hold one connection for as long as the worker is a member."""
         while True:
             lost = asyncio.Event()
-            connection = WorkerConnection(info, secret, self._timeout_s, self._on_load, partial(self._lost, lost))
+            connection = WorkerConnection(
+                info, secret, self._timeout_s, self._on_load, self._on_flush, partial(self._lost, lost)
+            )
             try:
                 await connection.connect()
                 if connection.alive:

@@ -24,11 +24,17 @@ class Ingress:
 
     def __init__(self) -> None:
         self.loads: list[tuple[RankLoad, ...]] = []
+        self.flushed: list[wire.WorkerInfo] = []
         self.lost: list[WorkerConnection] = []
 
     async def connect(self, info: wire.WorkerInfo, secret: bytes = SECRET) -> WorkerConnection:
         connection = WorkerConnection(
-            info, secret, 5.0, lambda _info, loads: self.loads.append(loads), self.lost.append
+            info,
+            secret,
+            5.0,
+            lambda _info, loads: self.loads.append(loads),
+            self.flushed.append,
+            self.lost.append,
         )
         await connection.connect()
         return connection

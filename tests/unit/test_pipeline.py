@@ -6,12 +6,27 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backends.engine import LaunchSpec, Role, Sampling, TokenChunk
+from backends.engine import (
+    Command,
+    LaunchSpec,
+    Pause,
+    Resume,
+    Role,
+    Sampling,
+    Sleep,
+    Structure,
+    TokenChunk,
+    UpdateWeights,
+    Wake,
+)
+from backends.kv_events import BlockStored, KVEventBatch
 from backends.simulated import SimulatedEngine
+from dynamo_ray.cluster.commands import CommandError, Hold, carry_out
 from dynamo_ray.cluster.worker import WorkerServer
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ClientTooSlow, DeadlineExceeded, InvalidRequest, NotReady, Overloaded, WorkerLost
@@ -20,6 +35,7 @@ from dynamo_ray.request.dispatch import Dispatch
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.membership import Membership
 from dynamo_ray.request.wire import WorkerInfo
+from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.kv_index import Holder
 from dynamo_ray.simulator import clock
 
@@ -40,6 +56,15 @@ class Node:
         await self.server.stop()
         await self.engine.stop()
 
+    async def hold(self, holds: frozenset[Hold]) -> frozenset[Hold]:
+        return self.server.hold(holds)
+
+    async def unhold(self, holds: frozenset[Hold]) -> None:
+        self.server.unhold(holds)
+
+    async def control(self, command: Command) -> None:
+        await self.server.control(command)
+
 
 class Cluster:
     """Workers and one ingress's dispatch on them."""
@@ -53,8 +78,8 @@ class Cluster:
 
     async def start(self, worker: str, role: Role, **options: Any) -> None:
         max_queued = options.pop("max_queued_requests", 256)
-        attn_dp = options.pop("attn_dp", 1)
-        spec = LaunchSpec(worker, role, "m", "", attn_dp=attn_dp, kv_events=False, engine_args=options)
+        fields = {"attn_dp": options.pop("attn_dp", 1), "loras": options.pop("loras", {})}
+        spec = LaunchSpec(worker, role, "m", "", kv_events=False, engine_args=options, **fields)
         engine = SimulatedEngine(spec)
         info = await engine.start()
         server = WorkerServer(
@@ -71,6 +96,11 @@ class Cluster:
             self._changed.clear()
             await self._changed.wait()
         return Membership(self._version, SECRET, tuple(node.info for node in self.nodes.values()), ())
+
+    async def control(self, command: Command, *workers: str) -> None:
+        for worker in workers or self.nodes:
+            await carry_out(command, [self.nodes[worker]])
+        await asyncio.sleep(0.001)  # the heartbeats are on their way
 
     def held_blocks(self) -> int:
         return sum(load.kv_used_blocks for node in self.nodes.values() for load in node.engine.load())
@@ -460,3 +490,183 @@ def test_without_events_a_repeated_prompt_goes_where_it_was_sent_before(policy: 
             return (await anext(chunks)).cached_tokens
 
     assert clock.run(main()) == expected
+
+
+# What an engine may lack.
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling", "field"),
+    [
+        ({}, {"structure": Structure("regex", "a")}, "structure"),
+        ({}, {"min_p": 0.1, "temperature": 1.0}, "min_p"),
+        ({"lora": "prose"}, {}, "lora"),
+    ],
+)
+def test_what_no_worker_has_is_refused_before_any_is_asked(
+    fields: dict[str, Any], sampling: dict[str, Any], field: str
+) -> None:
+    async def main() -> None:
+        async with cluster(loras={"sql": "/"}) as made:
+            request = Generation("r", PROMPT, Sampling(20, **{"temperature": 0.0, **sampling}), **fields)
+            with pytest.raises(InvalidRequest, match=r"simulated 1 as it was started") as refused:
+                await collect(made, request)
+            assert refused.value.field == field
+            assert made.dispatch.router.num_retries == 0
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_only_workers_that_have_the_adapter_are_asked_for_it() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=2, policy="round_robin") as made:
+            await made.start("decode-2", Role.AGGREGATED, loras={"sql": "/"})
+            made.announce()
+            while len(made.dispatch.workers.of_role(Role.AGGREGATED)) < 3:
+                await asyncio.sleep(0.01)
+            base = await collect(made, generation())
+            for turn in range(3):
+                request = Generation(f"r{turn}", PROMPT, Sampling(20, temperature=0.0), lora="sql")
+                tokens = await collect(made, request)
+                assert len(tokens) == 20
+                assert tokens != base
+            assert made.dispatch.router.num_retries == 0
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_prompts_of_an_adapter_are_not_taken_to_be_cached_for_the_model() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=2, loras={"sql": "/"}) as made:
+
+            async def cached(name: str, lora: str | None) -> int:
+                request = Generation(name, PROMPT, Sampling(2, temperature=0.0), lora=lora)
+                async with aclosing(made.dispatch.generate(request)) as chunks:
+                    first = await anext(aiter(chunks))
+                return first.cached_tokens or 0
+
+            assert [await cached("a", "sql"), await cached("b", None), await cached("c", "sql")] == [0, 0, 96]
+            await made.settle()
+
+    clock.run(main())
+
+
+# Commands.
+
+
+def test_a_paused_worker_is_sent_nothing_and_what_it_has_goes_on_after_it() -> None:
+    async def main() -> None:
+        expected = await aggregated_tokens(max_tokens=40)
+        async with cluster(prefill=0, decode=2) as made:
+            task = asyncio.create_task(collect(made, generation(max_tokens=40)))
+            await asyncio.sleep(0.2)
+            (busy,) = [name for name, node in made.nodes.items() if node.engine._live]
+            (other,) = set(made.nodes) - {busy}
+            await made.control(Pause(), busy)
+            for turn in range(4):
+                assert await collect(made, generation(f"r{turn}", max_tokens=40)) == expected
+            assert made.nodes[busy].server.num_requests == 1
+            assert made.dispatch.router.num_retries == 0, "nobody had to be refused to know it"
+            assert not task.done()
+            await made.control(Resume(), busy)
+            assert await task == expected
+            await made.control(Pause(), other)
+            assert await collect(made, generation("last", max_tokens=40)) == expected
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize(
+    ("command", "undo", "words"),
+    [(Pause(), Resume(), "decode-0 is paused; decode-1 is paused"), (Sleep(), Wake(), "decode-0 is asleep")],
+)
+def test_when_all_workers_of_a_role_are_halted_requests_are_told_to_come_again(
+    style: str, command: Command, undo: Command, words: str
+) -> None:
+    async def main() -> None:
+        async with cluster(decode=2, handoff=style) as made:
+            await made.control(command, "decode-0", "decode-1")
+            with pytest.raises(NotReady, match=words) as refused:
+                await collect(made, generation())
+            assert refused.value.retry_after_s is not None
+            assert (made.dispatch.ready() or "").startswith("no decode worker is ready (decode-0 is")
+            await made.control(undo, "decode-0")
+            assert made.dispatch.ready() is None
+            assert len(await collect(made, generation())) == 20
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_request_that_meets_a_pause_on_its_way_goes_elsewhere() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=2, policy="round_robin") as made:
+            made.nodes["decode-0"].server.holds = frozenset({Hold.PAUSED})  # no heartbeat has told of it yet
+            assert await collect(made, generation()) == await aggregated_tokens()
+            assert made.dispatch.router.num_retries == 1
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("command", [Pause(abort=True), Sleep()])
+def test_what_a_command_ends_is_answered_by_another_worker(style: str, command: Command) -> None:
+    async def main() -> None:
+        expected = await aggregated_tokens(max_tokens=40)
+        async with cluster(prefill=2, decode=2, handoff=style) as made:
+            task = asyncio.create_task(collect(made, generation(max_tokens=40)))
+            await asyncio.sleep(0.3)
+            (busy,) = [name for name, node in made.nodes.items() if node.info.role == "decode" and node.engine._live]
+            await made.control(command, busy)
+            assert await task == expected
+            assert made.dispatch.router.num_retries == 1
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_what_a_command_ends_and_nobody_can_answer_is_told_to_come_again() -> None:
+    async def main() -> None:
+        async with cluster() as made:
+            task = asyncio.create_task(collect(made, generation(max_tokens=40)))
+            await asyncio.sleep(0.3)
+            await made.control(Pause(abort=True))
+            with pytest.raises(NotReady, match="is paused"):
+                await task
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_after_an_update_of_weights_nothing_is_taken_to_be_cached(style: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster(handoff=style) as made:
+            old = await collect(made, generation())
+            prompt, now_s = block_hashes(PROMPT, 16, chain_seed("m")), asyncio.get_running_loop().time()
+            router, holder = made.dispatch.router, Holder("prefill-0", 1, 0)
+            router.index.apply(holder, KVEventBatch(0, 0, [BlockStored([1], None, PROMPT[:16], 16)]))
+            assert router.index.overlap(prompt) == {holder: 1}
+            assert router._routed.overlap(prompt, now_s) == {holder: 6}
+            await made.control(UpdateWeights(str(tmp_path)))
+            assert router.index.overlap(prompt) == router._routed.overlap(prompt, now_s) == {}
+            new = await collect(made, generation())
+            assert new != old
+            assert await collect(made, generation()) == new
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_weights_that_cannot_be_loaded_leave_everything_as_it_was(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster(prefill=0) as made:
+            old = await collect(made, generation())
+            with pytest.raises(CommandError, match="node 0: there is no folder"):
+                await made.control(UpdateWeights(str(tmp_path / "missing")))
+            assert await collect(made, generation()) == old
+            await made.settle()
+
+    clock.run(main())
