@@ -241,6 +241,8 @@ class LaunchSpec:
     """The engine's version that the configuration is for; None: whichever is installed, if it is supported."""
     launcher: Literal["processes", "ray"] = "processes"
     """`ray`: the leader's engine starts its ranks itself, as Ray actors in the worker's placement group."""
+    bundles: tuple[int, ...] = ()
+    """The group's bundle of every node, in node_rank order; a bundle holds all of its node's GPUs."""
     loras: Mapping[str, str] = field(default_factory=dict)
     """Adapters by name, and their folders."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
@@ -328,6 +330,10 @@ class Engine(Protocol):
 
     def load(self) -> tuple[RankLoad, ...]:
         """The newest known load of every DP rank, in rank order."""
+        ...
+
+    def last_lines(self) -> tuple[str, ...]:
+        """The newest lines that its processes on this node wrote, oldest first, at any time; empty without any."""
         ...
 
     async def check_health(self) -> None:

@@ -16,7 +16,7 @@ NUM_QUOTED = 6
 MAX_QUOTED_CHARACTERS = 400
 """Of one line."""
 
-ENGINES = {"simulated": "The simulated engine", "vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
+_ENGINES = {"simulated": "The simulated engine", "vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 _MEMORY_FIELDS = {
     "vllm": "engine_args.gpu_memory_utilization",
     "sglang": "engine_args.mem_fraction_static",
@@ -27,7 +27,7 @@ _MEMORY_FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an engine did not start."""
+    """Why an engine did not start, or has ended."""
 
     cause: str
     """One clause; empty where the lines tell none that is known."""
@@ -36,11 +36,11 @@ class Failure:
     lines: tuple[str, ...]
     """The line that told the cause, where it is not among the last, and the last ones."""
 
-    def message(self, engine: str) -> str:
-        """`<engine> did not start: <cause>; <fix>. Its last lines: ...`, with what of it there is."""
+    def message(self, event: str) -> str:
+        """`<event>: <cause>; <fix>. Its last lines: ...`, with what of it there is."""
         known = f": {self.cause}; {self.fix}" if self.cause else ""
         quoted = f" Its last lines: {' | '.join(self.lines)}" if self.lines else " It said nothing."
-        return f"{engine} did not start{known}.{quoted}"
+        return f"{event}{known}.{quoted}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,12 @@ def explain(lines: Sequence[str], backend: str, role: Role) -> Failure:
 
 def start_error(lines: Sequence[str], backend: str, role: Role) -> EngineStartError:
     """The one error in which a failed start of that backend ends."""
-    return EngineStartError(explain(lines, backend, role).message(ENGINES.get(backend, backend)))
+    return EngineStartError(explain(lines, backend, role).message(f"{engine_name(backend)} did not start"))
+
+
+def engine_name(backend: str) -> str:
+    """As a person calls it."""
+    return _ENGINES.get(backend, backend)
 
 
 def _quoted(lines: Sequence[str], telling: str | None) -> tuple[str, ...]:

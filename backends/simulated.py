@@ -162,6 +162,9 @@ class SimulatedEngine:
             for rank, pool in enumerate(self._ranks)
         )
 
+    def last_lines(self) -> tuple[str, ...]:
+        return ()
+
     async def check_health(self) -> None:
         self._check_alive()
 

@@ -111,6 +111,9 @@ class VLLMEngine:
         total = self.info.kv_total_blocks if self.info is not None else 0
         return tuple(recorder.load(total) for recorder in self._recorders)
 
+    def last_lines(self) -> tuple[str, ...]:
+        return ()
+
     async def check_health(self) -> None:
         self._check_serving()
 

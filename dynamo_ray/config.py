@@ -129,13 +129,15 @@ class LimitsConfig(_Frozen):
     """Bounds, each of which answers instead of queueing without end."""
 
     max_queued_requests: PositiveInt = 256
-    """Per worker, running and waiting; one more is refused with 429."""
+    """Per worker, running and waiting, or per node of one whose nodes take requests; one more is refused with 429."""
     max_body_bytes: PositiveInt = 8 * 1024 * 1024
     request_timeout_s: PositiveFloat = 600.0
     heartbeat_timeout_s: PositiveFloat = 5.0
     """A worker silent for this long is treated as dead."""
     max_retries: Annotated[int, Field(ge=0)] = 3
     """How often one request may move to another pair of workers."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """A worker that is not ready after this is ended and started again; it loads its model within it."""
     drain_timeout_s: NonNegativeFloat = 30.0
 
 

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-import ray
-
+from backends.engine import Command
 from dynamo_ray.cluster import gang as gangs
+from dynamo_ray.cluster.commands import CommandError
 from dynamo_ray.cluster.gang import Gang, group_name
 from dynamo_ray.cluster.lifecycle import (
     Adopted,
@@ -35,8 +35,6 @@ from placement.topology import TopologyError
 log = logging.getLogger("ray.serve")
 
 HEALTH_TIMEOUT_S = 10.0
-DRAIN_ANSWER_TIMEOUT_S = 3.0
-"""Beyond the time limit of the drain itself."""
 LEASE_TIMEOUT_S = 60.0
 
 
@@ -51,6 +49,7 @@ class Fleet:
         self._reservations: dict[str, Reservation] = {}
         self._starts: dict[str, asyncio.Task[Started | Died | GroupLost]] = {}
         self._reserving = asyncio.Lock()
+        self._controls = {worker: asyncio.Lock() for worker in self.works}
 
     async def adopt(self) -> list[Adopted]:
         """Keep the whole gangs that still match; drain and end every other actor and group of this application."""
@@ -66,7 +65,7 @@ class Fleet:
         await asyncio.gather(*(self._retire(worker, nodes[worker]) for worker in nodes if worker not in self.gangs))
         kept = {group_name(self._app, worker) for worker in self.gangs}
         await asyncio.gather(*(reserve.release(name) for name in groups if name not in kept))
-        return [Adopted(gang.worker, gang.epoch, gang.info) for gang in self.gangs.values()]
+        return [Adopted(gang.worker, gang.epoch, gang.endpoints) for gang in self.gangs.values()]
 
     async def reserve(self, worker: str) -> Reserved | NotReserved:
         async with self._reserving:  # one after the other: each must see what the one before took
@@ -109,7 +108,7 @@ class Fleet:
             )
         except (gangs.GangError, ValueError) as error:
             return Died(worker, epoch, str(error))
-        return Started(worker, epoch, gang.info)
+        return Started(worker, epoch, gang.endpoints)
 
     async def watch(self, worker: str, epoch: int) -> Died:
         """Answers when any rank of that gang is dead."""
@@ -124,8 +123,24 @@ class Fleet:
     async def drain(self, worker: str, epoch: int) -> Drained:
         gang = self.gangs.get(worker)
         if gang is not None:
-            await _drain(gang.actors[0], self._config.limits.drain_timeout_s)
+            await gang.drain(self._config.limits.drain_timeout_s)
         return Drained(worker, epoch)
+
+    async def control(self, command: Command, target: str | None) -> dict[str, str | None]:
+        """Carry a command out on a worker, on a role's workers, or on all; why it failed, by worker."""
+        workers = [worker for worker, work in self.works.items() if target in (None, worker, work.role)]
+        answers = await asyncio.gather(*(self._control(worker, command) for worker in workers))
+        return dict(zip(workers, answers, strict=True))
+
+    async def _control(self, worker: str, command: Command) -> str | None:
+        async with self._controls[worker]:  # one after the other: each must see what the one before made of it
+            if worker not in self.gangs:
+                return "it does not run; when it starts, it takes requests, with the configuration's weights"
+            try:
+                await self.gangs[worker].control(command)
+            except CommandError as error:
+                return str(error)
+        return None
 
     async def kill(self, worker: str, epoch: int) -> Gone:
         starting = self._starts.pop(worker, None)
@@ -164,13 +179,6 @@ class Fleet:
     async def _retire(self, worker: str, nodes: list[tuple[gangs.Actor, Description | None]]) -> None:
         """End a worker of an earlier configuration, after what it is busy with."""
         log.info("ending %s: it is not what the configuration asks for, or not whole", worker)
-        if nodes[0][1] is not None:
-            await _drain(nodes[0][0], self._config.limits.drain_timeout_s)
+        answering = [actor for actor, description in nodes if description is not None]
+        await gangs.drain(answering, self._config.limits.drain_timeout_s)
         await gangs.kill(self._app, worker)
-
-
-async def _drain(leader: gangs.Actor, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(leader.drain.remote(timeout_s), timeout_s + DRAIN_ANSWER_TIMEOUT_S)
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        log.info("not drained: %s", gangs.reason_of(error))

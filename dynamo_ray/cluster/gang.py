@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from backends.engine import NodePlace
+from backends.engine import Command, NodePlace
+from backends.failures import Failure, engine_name
 from dynamo_ray.cluster import processes, workload
+from dynamo_ray.cluster.commands import Hold, carry_out
 from dynamo_ray.cluster.node import Assignment, Description, EngineNode
 from dynamo_ray.cluster.workload import Work
 from dynamo_ray.config import DeploymentConfig
@@ -28,6 +30,9 @@ STOP_TIMEOUT_S = 25.0
 GONE_POLL_S = 0.05
 ANSWER_TIMEOUT_S = 3.0
 DESCRIBE_TIMEOUT_S = 10.0
+
+SEES_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+"""For SGLang's ranks as Ray actors, which take Ray's id of their GPU for CUDA's (ray/scheduler_actor.py, 0.5.16)."""
 
 Actor = Any
 """A handle to an EngineNode; Ray's handles are untyped."""
@@ -52,7 +57,8 @@ class Gang:
     worker: str
     epoch: int
     actors: tuple[Actor, ...]
-    info: WorkerInfo
+    endpoints: tuple[WorkerInfo, ...]
+    """Of the nodes that take requests, in node_rank order; never none."""
     placement: WorkerPlacement
 
     async def watch(self) -> str:
@@ -77,9 +83,13 @@ class Gang:
                 return reason_of(answer)
         return None
 
-    async def drain(self, timeout_s: float) -> bool:
-        finished: bool = await self.actors[0].drain.remote(timeout_s)
-        return finished
+    async def control(self, command: Command) -> None:
+        """Carry a command out on all of its nodes; raises CommandError."""
+        await carry_out(command, [_Remote(actor) for actor in self.actors], reason_of)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Have it refuse new requests and finish those inside; returns then, or when its time is over."""
+        await drain(self.actors, timeout_s)
 
 
 async def start(
@@ -94,12 +104,33 @@ async def start(
     """Create the worker's actors in its group and start its engine.
 
     Raises:
-        GangError: A node could not; the others may still be running, so the caller kills the gang.
+        GangError: A node could not, or not all were ready in time; the message says which and why. Others may still be
+            running, so the caller kills the gang.
     """
-    actors = tuple(_create(work, assignment, reservation) for assignment in assignments)
+    actors = tuple(_create(config, work, assignment, reservation) for assignment in assignments)
+    limit_s = config.limits.start_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            endpoints = await _start(config, work, actors, reservation, placement, secret, progress)
+    except TimeoutError:
+        event = f"{engine_name(config.backend)} was not ready within {limit_s:g} s (limits.start_timeout_s)"
+        raise GangError(await _why_unready(actors, event)) from None
+    return Gang(work.worker, assignments[0].epoch, actors, endpoints, placement)
+
+
+async def _start(
+    config: DeploymentConfig,
+    work: Work,
+    actors: tuple[Actor, ...],
+    reservation: Reservation,
+    placement: WorkerPlacement,
+    secret: bytes,
+    progress: Callable[[str], None],
+) -> tuple[WorkerInfo, ...]:
     ports = workload.num_ports(work.config)
     prepared: list[NodePlace] = await _all([actor.prepare.remote(ports) for actor in actors])
-    specs = workload.launch_specs(config, work, placement, prepared)
+    bundles = tuple(reservation.node_ids.index(bundle.node_id) for bundle in placement.bundles)
+    specs = workload.launch_specs(config, work, placement, prepared, bundles)
     progress("loading the model")
     answers: list[WorkerInfo | None] = await _all(
         [
@@ -107,9 +138,19 @@ async def start(
             for actor, spec in zip(actors, specs, strict=True)
         ]
     )
-    info = answers[0]
-    assert info is not None, "the leader serves"
-    return Gang(work.worker, assignments[0].epoch, actors, info, placement)
+    assert answers[0] is not None, "the leader serves"
+    return tuple(info for info in answers if info is not None)
+
+
+async def drain(actors: Sequence[Actor], timeout_s: float) -> None:
+    """As `Gang.drain`, of any actors of one worker; a node that does not answer holds up nobody."""
+    answers = await asyncio.gather(
+        *(asyncio.wait_for(actor.drain.remote(timeout_s), timeout_s + ANSWER_TIMEOUT_S) for actor in actors),
+        return_exceptions=True,
+    )
+    for rank, answer in enumerate(answers):
+        if isinstance(answer, BaseException):
+            log.info("node %d is not drained: %s", rank, reason_of(answer))
 
 
 async def find(app: str) -> dict[str, list[tuple[Actor, Description | None]]]:
@@ -135,13 +176,14 @@ def adopt(nodes: list[tuple[Actor, Description | None]], work: Work) -> Gang | N
     described = [description for _, description in nodes if description is not None]
     if len(described) != len(nodes) or len(nodes) != work.config.nodes or not all(d.started for d in described):
         return None
-    leader = described[0]
-    if leader.info is None or any(d.assignment.epoch != leader.assignment.epoch for d in described):
+    epoch = described[0].assignment.epoch
+    endpoints = tuple(d.info for d in described if d.info is not None)
+    if not endpoints or any(d.assignment.epoch != epoch for d in described):
         return None
     if any(d.assignment.config_hash != work.config_hash for d in described):
         return None
     placement = WorkerPlacement(work.worker, work.group.name, tuple(d.assignment.bundle for d in described))
-    return Gang(work.worker, leader.assignment.epoch, tuple(actor for actor, _ in nodes), leader.info, placement)
+    return Gang(work.worker, epoch, tuple(actor for actor, _ in nodes), endpoints, placement)
 
 
 async def kill(app: str, worker: str) -> None:
@@ -164,6 +206,40 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayActorError):
         return "its process died"
     return (str(error) or repr(error)).strip().splitlines()[-1]
+
+
+async def _why_unready(actors: Sequence[Actor], event: str) -> str:
+    """What a start that took too long fails with: of the node whose last lines tell why, else of the first unready."""
+    answers: list[Failure | BaseException | None] = await asyncio.gather(
+        *(asyncio.wait_for(actor.unready.remote(), ANSWER_TIMEOUT_S) for actor in actors), return_exceptions=True
+    )
+    unready = {rank: answer for rank, answer in enumerate(answers) if answer is not None}
+    if not unready:
+        return event
+    told = [rank for rank, answer in unready.items() if isinstance(answer, Failure) and answer.cause]
+    rank = told[0] if told else next(iter(unready))
+    answer, others = unready[rank], [other for other in unready if other != rank]
+    beside = f", nor on nodes {', '.join(map(str, others))}" if others else ""
+    if isinstance(answer, Failure):
+        return f"node {rank}: {answer.message(f'{event}{beside}')}"
+    return f"node {rank}: {event}{beside}, and the node does not answer"
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """A node's actor as `commands.Node`."""
+
+    actor: Actor
+
+    async def hold(self, holds: frozenset[Hold]) -> frozenset[Hold]:
+        new: frozenset[Hold] = await self.actor.hold.remote(holds)
+        return new
+
+    async def unhold(self, holds: frozenset[Hold]) -> None:
+        await self.actor.unhold.remote(holds)
+
+    async def control(self, command: Command) -> None:
+        await self.actor.control.remote(command)
 
 
 async def _sentinel(actor: Actor, rank: int) -> str:
@@ -195,9 +271,11 @@ async def _kill_one(name: str) -> None:
         await asyncio.sleep(GONE_POLL_S)
 
 
-def _create(work: Work, assignment: Assignment, reservation: Reservation) -> Actor:
+def _create(config: DeploymentConfig, work: Work, assignment: Assignment, reservation: Reservation) -> Actor:
     session, bundle = ray.get_runtime_context().gcs_address, assignment.bundle
+    by_ray = config.launcher(work.role) == "ray"
     name = actor_name(assignment.app, assignment.worker, bundle.node_rank)
+    inherited = SEES_ALL_GPUS if by_ray and config.backend == "sglang" else {}
     # Ray titles the process after the class: `ps` then says which worker it is.
     titled = type(f"EngineNode {assignment.worker}/{bundle.node_rank}", (EngineNode,), {})
     return (
@@ -208,12 +286,13 @@ def _create(work: Work, assignment: Assignment, reservation: Reservation) -> Act
             lifetime="detached",
             # The bundle holds the CPUs for the engine; an actor that asked for them too would not fit.
             num_cpus=0,
-            num_gpus=bundle.resources.gpus,
+            # Where the engine starts its ranks as actors of their own, in this bundle, those take its GPUs.
+            num_gpus=0 if by_ray else bundle.resources.gpus,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 reservation.group, placement_group_bundle_index=reservation.node_ids.index(bundle.node_id)
             ),
-            runtime_env={"env_vars": {**work.config.env, processes.VARIABLE: f"{session}/{name}"}},
+            runtime_env={"env_vars": {**inherited, **work.config.env, processes.VARIABLE: f"{session}/{name}"}},
         )
         .remote(assignment)
     )

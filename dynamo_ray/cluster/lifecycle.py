@@ -18,7 +18,7 @@ class Adopted:
 
     worker: str
     epoch: int
-    info: WorkerInfo
+    endpoints: tuple[WorkerInfo, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ class Progress:
 class Started:
     worker: str
     epoch: int
-    info: WorkerInfo
+    endpoints: tuple[WorkerInfo, ...]
+    """Where it takes requests: on its first node, or on all of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray import serve
 
+from backends.engine import Command
 from dynamo_ray.cluster.fleet import Fleet
 from dynamo_ray.cluster.lifecycle import (
     Died,
@@ -35,7 +36,7 @@ from dynamo_ray.cluster.lifecycle import (
 )
 from dynamo_ray.cluster.memory import Memory
 from dynamo_ray.cluster.presence import ORCHESTRATOR, Presence, presence
-from dynamo_ray.cluster.supervisor import Supervisor
+from dynamo_ray.cluster.supervisor import Supervisor, Timings
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request.membership import Membership, WorkerStatus
 
@@ -47,6 +48,8 @@ PRESENCE_POLL_S = 1.0
 HEALTH_PERIOD_S = 5.0
 GROUP_POLL_S = 2.0
 RETRY_S = 1.0
+START_MARGIN_S = 30.0
+"""Beyond the limit of a start: to ask its nodes why."""
 TEARDOWN_MARGIN_S = 60.0
 """Beyond draining: to stop engines, kill actors and release groups."""
 MAX_WATCHERS = 10_000
@@ -86,7 +89,8 @@ class Orchestrator:
         epochs = await asyncio.to_thread(self._memory.epochs)
         self._fleet = Fleet(self._app, checked, self._memory, secret)
         roles = {worker: work.role for worker, work in self._fleet.works.items()}
-        self._supervisor = Supervisor(roles, epochs, now_s=self._now_s())
+        timings = Timings(start_timeout_s=checked.limits.start_timeout_s + START_MARGIN_S)
+        self._supervisor = Supervisor(roles, epochs, timings, now_s=self._now_s())
         # Greater than any version that an earlier orchestrator of this application gave out.
         self._membership = Membership(int(time.time() * 1000), secret, (), self._supervisor.statuses())
         for adopted in await self._fleet.adopt():
@@ -108,6 +112,13 @@ class Orchestrator:
 
     async def status(self) -> list[WorkerStatus]:
         return list(self._supervisor.statuses())
+
+    async def control(self, command: Command, target: str | None = None) -> dict[str, str | None]:
+        """Carry a command out on a worker, on a role's workers, or on all; None, or why it failed, by worker.
+
+        Empty where there is no such worker or role.
+        """
+        return await self._fleet.control(command, target)
 
     async def __del__(self) -> None:
         """End everything if the application is being deleted; leave everything if only this replica is replaced."""

@@ -55,11 +55,13 @@ class Timings:
     reserve_retry_s: float = 5.0
     """The most between two attempts to reserve: nodes may come any time."""
     start_timeout_s: float = 1800.0
+    """A start that nobody has ended by then is ended."""
     stable_after_s: float = 60.0
     """Ready for this long: earlier failures no longer count."""
     max_missed_health: int = 3
     keep_group_failures: int = 3
-    """This many failures in a row on the same nodes: try others."""
+    """From this many failures in a row on, a gang's nodes are given up while it waits for its next start, which may
+    get others."""
 
 
 class Step(StrEnum):
@@ -94,11 +96,9 @@ class _Worker:
     failed_reservations: int = 0
     """In a row."""
     last_failure: str = ""
-    group_failures: int = 0
-    """In a row, in this group."""
     restarts: int = 0
     missed_health: int = 0
-    info: WorkerInfo | None = None
+    endpoints: tuple[WorkerInfo, ...] = ()
     out: list[Instruction] = field(default_factory=list)
 
     def enter(self, step: Step, detail: str, now_s: float) -> None:
@@ -135,10 +135,10 @@ class Supervisor:
         return min(due, default=None)
 
     def members(self) -> tuple[WorkerInfo, ...]:
-        """Workers that ingresses stay connected to. A draining one is among them: it finishes what it has, and its
-        own heartbeats say that it takes no more."""
+        """Endpoints that ingresses stay connected to. A draining worker's are among them: it finishes what it has,
+        and its own heartbeats say that it takes no more."""
         serving = (Step.READY, Step.DRAINING)
-        return tuple(w.info for w in self._workers.values() if w.info is not None and w.step in serving)
+        return tuple(endpoint for w in self._workers.values() if w.step in serving for endpoint in w.endpoints)
 
     def statuses(self) -> tuple[WorkerStatus, ...]:
         return tuple(
@@ -176,13 +176,13 @@ class Supervisor:
 
     def _take(self, worker: _Worker, event: Event, now_s: float) -> None:
         match event:
-            case Adopted(_, epoch, info) if worker.step is Step.PENDING and not self.stopping:
+            case Adopted(_, epoch, endpoints) if worker.step is Step.PENDING and not self.stopping:
                 worker.epoch = max(worker.epoch, epoch)
                 worker.has_group = True
-                self._ready(worker, info, "adopted", now_s)
+                self._ready(worker, endpoints, "adopted", now_s)
             case Reserved() if worker.step is Step.RESERVING:
                 worker.has_group, worker.drop_group = True, False
-                worker.group_failures = worker.failed_reservations = 0
+                worker.failed_reservations = 0
                 self._release(worker, now_s) if self.stopping else self._start(worker, now_s)
             case NotReserved(_, reason) if worker.step is Step.RESERVING:
                 worker.failed_reservations += 1
@@ -192,8 +192,8 @@ class Supervisor:
                 self._lose_group(worker, reason, now_s)
             case Progress(_, epoch, detail) if worker.step is Step.STARTING and epoch == worker.epoch:
                 worker.detail = detail
-            case Started(_, epoch, info) if worker.step is Step.STARTING and epoch == worker.epoch:
-                self._ready(worker, info, f"ready in {now_s - worker.since_s:.1f} s", now_s)
+            case Started(_, epoch, endpoints) if worker.step is Step.STARTING and epoch == worker.epoch:
+                self._ready(worker, endpoints, f"ready in {now_s - worker.since_s:.1f} s", now_s)
             case Died(_, epoch, reason) if epoch == worker.epoch:
                 self._fail(worker, reason, now_s)
             case Health(_, epoch, failure) if worker.step is Step.READY and epoch == worker.epoch:
@@ -238,8 +238,8 @@ class Supervisor:
         worker.wake_s = now_s + self._timings.start_timeout_s
         worker.out.append(Start(worker.name, worker.epoch))
 
-    def _ready(self, worker: _Worker, info: WorkerInfo, detail: str, now_s: float) -> None:
-        worker.info = info
+    def _ready(self, worker: _Worker, endpoints: tuple[WorkerInfo, ...], detail: str, now_s: float) -> None:
+        worker.endpoints = endpoints
         worker.ready_since_s = now_s
         worker.enter(Step.READY, detail, now_s)
 
@@ -253,12 +253,11 @@ class Supervisor:
         if worker.step not in (Step.STARTING, Step.READY, Step.DRAINING):
             return
         if worker.step is Step.READY and now_s - worker.ready_since_s >= self._timings.stable_after_s:
-            worker.failures = worker.group_failures = 0
+            worker.failures = 0
         worker.failures += 1
-        worker.group_failures += 1
         worker.restarts += 1
         worker.last_failure = reason
-        if worker.group_failures >= self._timings.keep_group_failures:
+        if worker.failures >= self._timings.keep_group_failures:
             worker.drop_group = True
         self._kill(worker, reason, now_s)
 
@@ -271,7 +270,7 @@ class Supervisor:
             self._fail(worker, reason, now_s)
 
     def _kill(self, worker: _Worker, detail: str, now_s: float) -> None:
-        worker.info = None
+        worker.endpoints = ()
         worker.enter(Step.KILLING, detail, now_s)
         worker.out.append(Kill(worker.name, worker.epoch))
 

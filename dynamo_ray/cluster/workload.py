@@ -13,6 +13,9 @@ from dynamo_ray.config import DeploymentConfig, ParallelismConfig, RoleConfig
 from placement.parallelism import Parallelism
 from placement.plan import WorkerGroup, WorkerPlacement
 
+NUM_ENGINE_PORTS = 24
+NUM_RANK_PORTS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -78,14 +81,21 @@ def config_hash(config: DeploymentConfig, role: Role) -> str:
 
 
 def num_ports(config: RoleConfig) -> int:
-    """Ports one node of a worker may listen on: a few per rank, a few for the engine as a whole."""
-    return 8 + 2 * config.parallelism.num_ranks // config.nodes
+    """Consecutive ports one node of a worker may listen on, for the most that an engine asks for (backends/*_args.py).
+
+    SGLang: 16 for the engine as a whole, of which it uses 12, and 3 a rank for KV events, their replay and its load.
+    """
+    return NUM_ENGINE_PORTS + NUM_RANK_PORTS * config.parallelism.num_ranks // config.nodes
 
 
 def launch_specs(
-    config: DeploymentConfig, work: Work, placement: WorkerPlacement, prepared: list[NodePlace]
+    config: DeploymentConfig,
+    work: Work,
+    placement: WorkerPlacement,
+    prepared: list[NodePlace],
+    bundles: tuple[int, ...] = (),
 ) -> list[LaunchSpec]:
-    """What each node starts, in node_rank order."""
+    """What each node starts, in node_rank order; `bundles` as in LaunchSpec."""
     shape = work.config.parallelism
     nodes = tuple(prepared)
     return [
@@ -107,6 +117,7 @@ def launch_specs(
             kv_events=config.events != "none",
             version=config.engine_version,
             launcher=config.launcher(work.role),
+            bundles=bundles,
             loras={name: str(Path(path).expanduser()) for name, path in config.model.loras.items()},
             engine_args=dict(work.config.engine_args),
         )

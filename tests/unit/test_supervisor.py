@@ -57,7 +57,7 @@ class Driven:
         self(Tick())
         (start,) = self(Reserved(worker))
         assert isinstance(start, Start)
-        assert self(Started(worker, start.epoch, info(worker, start.epoch))) == []
+        assert self(Started(worker, start.epoch, (info(worker, start.epoch),))) == []
         return start.epoch
 
     def phase(self) -> Phase:
@@ -75,7 +75,7 @@ def test_a_worker_is_reserved_started_and_then_a_member() -> None:
     assert driven.detail() == "loading the model"
     assert driven.supervisor.members() == ()
     driven.now_s = 12.5
-    driven(Started("d", 1, info("d", 1)))
+    driven(Started("d", 1, (info("d", 1),)))
     assert driven.supervisor.members() == (info("d", 1),)
     assert driven.detail() == "ready in 12.5 s"
 
@@ -89,6 +89,18 @@ def test_a_dead_rank_kills_the_gang_and_the_next_one_keeps_the_group() -> None:
     assert driven(Gone("d", 1)) == []
     assert driven(Tick()) == [Start("d", 2)]
     assert "SIGKILL" in driven.detail()
+
+
+def test_all_endpoints_of_a_worker_come_and_go_together_under_one_status() -> None:
+    driven = Driven()
+    driven(Tick())
+    driven(Reserved("d"))
+    endpoints = (info("d", 1), info("d.1", 1))
+    driven(Started("d", 1, endpoints))
+    assert driven.supervisor.members() == endpoints
+    assert [status.worker for status in driven.supervisor.statuses()] == ["d"]
+    assert driven(Died("d", 1, "node 1: SIGKILL")) == [Kill("d", 1)]
+    assert driven.supervisor.members() == ()
 
 
 def test_a_gang_that_keeps_failing_waits_longer_each_time_and_then_moves() -> None:
@@ -108,8 +120,25 @@ def test_a_gang_that_keeps_failing_waits_longer_each_time_and_then_moves() -> No
     driven(Died("d", 3, "no memory"))
     assert driven(Gone("d", 3)) == [Release("d")]
     driven(Released("d"))
+    assert (driven.phase(), driven.detail()) == (Phase.BACKOFF, "no memory")
     driven.now_s = driven.supervisor.next_wake_s or 0.0
     assert driven(Tick()) == [Reserve("d")]
+
+
+def test_a_gang_that_goes_on_failing_holds_no_nodes_while_it_waits() -> None:
+    driven = Driven(timings=Timings(keep_group_failures=2))
+    driven(Tick())
+    for epoch in (1, 2, 3, 4):
+        if epoch != 2:
+            driven(Reserved("d"))
+        driven(Died("d", epoch, "no such model.path"))
+        assert driven(Gone("d", epoch)) == ([] if epoch == 1 else [Release("d")])
+        if epoch > 1:
+            assert driven(Released("d")) == []
+        assert driven.supervisor.next_wake_s is not None
+        driven.now_s = driven.supervisor.next_wake_s
+        assert driven(Tick()) == ([Start("d", 2)] if epoch == 1 else [Reserve("d")])
+        assert "no such model.path" in driven.detail()
 
 
 def test_failures_before_a_long_stable_time_no_longer_count() -> None:
@@ -122,7 +151,7 @@ def test_failures_before_a_long_stable_time_no_longer_count() -> None:
         (start,) = driven(Tick())  # at once, and in the same group
         assert isinstance(start, Start)
         epoch = start.epoch
-        driven(Started("d", epoch, info("d", epoch)))
+        driven(Started("d", epoch, (info("d", epoch),)))
 
 
 def test_what_cannot_be_placed_is_retried_with_the_reason_shown() -> None:
@@ -169,7 +198,7 @@ def test_a_start_that_never_ends_is_ended() -> None:
 
 def test_an_adopted_gang_is_a_member_at_once_and_later_epochs_are_greater() -> None:
     driven = Driven(epochs={"d": 4})
-    assert driven(Adopted("d", 4, info("d", 4))) == []
+    assert driven(Adopted("d", 4, (info("d", 4),))) == []
     assert driven.supervisor.members() == (info("d", 4),)
     assert driven(Tick()) == []
     driven(Died("d", 4, "x"))
@@ -205,7 +234,7 @@ def test_what_an_older_epoch_says_changes_nothing() -> None:
     driven(Gone("d", 1))
     driven(Tick())
     published = driven.published
-    for late in (Died("d", 1, "late"), Started("d", 1, info("d", 1)), Gone("d", 1), Health("d", 1, "late")):
+    for late in (Died("d", 1, "late"), Started("d", 1, (info("d", 1),)), Gone("d", 1), Health("d", 1, "late")):
         assert driven(late) == []
     assert driven.published == published
 
@@ -218,8 +247,8 @@ _events = st.one_of(
     st.builds(NotReserved, _workers, st.just("full")),
     st.builds(GroupLost, _workers, st.just("lost")),
     st.builds(Progress, _workers, _epochs, st.just("loading")),
-    st.builds(lambda w, e: Started(w, e, info(w, e)), _workers, _epochs),
-    st.builds(lambda w, e: Adopted(w, e, info(w, e)), _workers, _epochs),
+    st.builds(lambda w, e: Started(w, e, (info(w, e),)), _workers, _epochs),
+    st.builds(lambda w, e: Adopted(w, e, (info(w, e),)), _workers, _epochs),
     st.builds(Died, _workers, _epochs, st.just("dead")),
     st.builds(Health, _workers, _epochs, st.sampled_from([None, "mute"])),
     st.builds(Drained, _workers, _epochs),
