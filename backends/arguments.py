@@ -6,7 +6,8 @@ The tables in arguments/ were read from the engines' own sources (each says whic
 * `choices`, where it takes no others; `gone`: former choices, and why
 * `flag`: its option, where that is not its name with dashes; null: it has none
 * `off`: the option that switches it off; true: `--no-` and its name
-* `json`: a list that is one option's JSON, not several words; `aliases`: other spellings of the option
+* `json`: a list that is one option's JSON, not several words; `pairs`: a mapping that is a word `name=value` an entry
+* `aliases`: other spellings of the option
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Argument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flag: str | UnsetType | None = UNSET
     off: str | bool = False
     json: bool = False
+    pairs: bool = False
     aliases: tuple[str, ...] = ()
 
 
@@ -372,6 +374,8 @@ def _option(name: str, argument: Argument, value: Any) -> list[str]:
         return [flag]
     if value is False and "bool" in kinds:
         return [argument.off if isinstance(argument.off, str) else f"--no-{flag.removeprefix('--')}"]
+    if isinstance(value, Mapping) and argument.pairs:
+        return [flag, *(f"{key}={item}" for key, item in value.items())]
     if isinstance(value, Mapping) or argument.json:
         return [flag, json.dumps(value)]
     if isinstance(value, Sequence) and not isinstance(value, str):
