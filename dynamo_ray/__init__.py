@@ -6,14 +6,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from backends.engine import Pause as Pause
+    from backends.engine import Resume as Resume
+    from backends.engine import Sleep as Sleep
+    from backends.engine import UpdateWeights as UpdateWeights
+    from backends.engine import Wake as Wake
+    from dynamo_ray.cli.control import control as control
     from dynamo_ray.cli.up import up as up
     from dynamo_ray.cluster.layout import plan as plan
     from dynamo_ray.config import DeploymentConfig as DeploymentConfig
 
 __version__ = "0.1.0"
-__all__ = ["DeploymentConfig", "__version__", "plan", "up"]
-
-_HOMES = {"DeploymentConfig": "dynamo_ray.config", "plan": "dynamo_ray.cluster.layout", "up": "dynamo_ray.cli.up"}
+_HOMES = {
+    "DeploymentConfig": "dynamo_ray.config",
+    "Pause": "backends.engine",
+    "Resume": "backends.engine",
+    "Sleep": "backends.engine",
+    "UpdateWeights": "backends.engine",
+    "Wake": "backends.engine",
+    "control": "dynamo_ray.cli.control",
+    "plan": "dynamo_ray.cluster.layout",
+    "up": "dynamo_ray.cli.up",
+}
+__all__ = [
+    "DeploymentConfig",
+    "Pause",
+    "Resume",
+    "Sleep",
+    "UpdateWeights",
+    "Wake",
+    "__version__",
+    "control",
+    "plan",
+    "up",
+]
 
 
 def __getattr__(name: str) -> Any:

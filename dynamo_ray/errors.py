@@ -21,13 +21,14 @@ What cannot be replayed after its worker died mid-stream, and so ends in WorkerL
 presence or frequency penalty (it counts generated tokens, which a continuation would count as prompt) or to a structure
 (a continuation would begin it anew).
 
-While starting, as an exit code of `dynamo-ray`:
+While starting or controlling, as an exit code of `dynamo-ray`:
 
 | error | exit code | meaning |
 |---|---|---|
 | ConfigError | 2 | the file or an argument is wrong; lists every field and its fix |
 | PreflightError | 3 | the machine is not ready: busy port, no memory, missing model, Ray in the way |
 | StartError | 4 | something died while starting; nothing is left running |
+| ControlError | 5 | a worker did not do as it was told; says which and why |
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Problem:
 
 
 class StartupError(Exception):
-    """Base of what stops a deployment from starting; `exit_code` is the command's."""
+    """Base of what ends a command early; `exit_code` is the command's."""
 
     exit_code = 1
 
@@ -151,3 +152,14 @@ class PreflightError(StartupError):
 
 class StartError(StartupError):
     exit_code = 4
+
+
+class ControlError(StartupError):
+    exit_code = 5
+
+    def __init__(self, failures: dict[str, str]) -> None:
+        super().__init__(failures)
+        self.failures = failures
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {reason}" for name, reason in self.failures.items())

@@ -1,4 +1,4 @@
-"""`dynamo-ray`: validate, up, status, down, model."""
+"""`dynamo-ray`: validate, plan, up, status, control, down, model."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import psutil
 import typer
 from rich.console import Console
 
-from dynamo_ray.cli import state
+from dynamo_ray.cli import control, state
 from dynamo_ray.cli.display import Progress, table
 from dynamo_ray.cli.interrupts import FORCED_EXIT_CODE, Interrupts
 from dynamo_ray.errors import PreflightError, Problem, StartupError
@@ -183,6 +183,9 @@ def down(
     typer.echo(f"ended {', '.join(entry.applications)} on {entry.url}")
 
 
+app.command(name="control")(control.main)
+
+
 def _interrupt(pid: int, timeout_s: float) -> bool:
     """Ctrl-C for another terminal's process; whether it has ended."""
     try:
@@ -231,7 +234,7 @@ def _down_on_ray(address: str) -> None:
 
 
 def main() -> None:
-    """Exit codes: 0; 2, 3, 4 as in dynamo_ray/errors.py; 130 when interrupted before it was ready."""
+    """Exit codes: 0; 2, 3, 4, 5 as in dynamo_ray/errors.py; 130 when interrupted before it was ready."""
     try:
         app()
     except StartupError as error:

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray._private import auto_init_hook
 
-from dynamo_ray.cli import processes
+from dynamo_ray.cli import processes, state
 from dynamo_ray.cluster.gang import reason_of
 from dynamo_ray.errors import PreflightError, Problem, StartError
 
@@ -103,7 +103,10 @@ def running(folder: Path) -> Iterator[str]:
     # Its warning says that a token is asked for, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
-        with variables(environment(folder)):
+        values = environment(folder)
+        if "RAY_AUTH_TOKEN" in values:
+            state.keep_ray_token(str(folder), values["RAY_AUTH_TOKEN"])
+        with variables(values):
             _start(folder)
         yield str(ray.get_runtime_context().gcs_address)
     finally:

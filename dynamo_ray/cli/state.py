@@ -11,6 +11,8 @@ import msgspec
 from dynamo_ray.cli import processes
 from dynamo_ray.request.membership import WorkerStatus
 
+_TOKEN_FILE = "token"
+
 
 class Running(msgspec.Struct, frozen=True):
     """One live `up`."""
@@ -73,6 +75,19 @@ def discard(entry: Running) -> None:
         processes.end(entry.mark, patience_s=0.0)
         shutil.rmtree(entry.mark, ignore_errors=True)
     remove(entry.pid)
+
+
+def keep_ray_token(mark: str, token: str) -> None:
+    """For `ray_token`; the scratch folder of a private Ray is its user's alone, and goes with it."""
+    Path(mark, _TOKEN_FILE).write_text(token)
+
+
+def ray_token(entry: Running) -> str | None:
+    """What that `up`'s private Ray asks of who joins it; None: nothing that this process has not."""
+    try:
+        return None if entry.mark is None else Path(entry.mark, _TOKEN_FILE).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def is_alive(entry: Running) -> bool:
