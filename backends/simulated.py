@@ -33,6 +33,7 @@ from backends.engine import (
     TokenChunk,
     UpdateWeights,
 )
+from backends.failures import start_error
 from backends.kv_events import KVEventBatch
 from backends.kv_publisher import KVEventPublisher
 from backends.simulated_args import SimulatedArgs, parse_args
@@ -163,7 +164,8 @@ class SimulatedEngine:
         )
 
     def last_lines(self) -> tuple[str, ...]:
-        return ()
+        wrote = self.args.last_line and self.args.failing_node == self.spec.node_rank
+        return (self.args.last_line,) if wrote else ()
 
     async def check_health(self) -> None:
         self._check_alive()
@@ -226,6 +228,8 @@ class SimulatedEngine:
         self.args = args = parse_args(spec.engine_args)
         ranks = self._local_ranks()
         await asyncio.sleep(args.start_s)
+        if args.failing_node == spec.node_rank:
+            raise start_error(self.last_lines(), "simulated", spec.role)
         address = await self._listen(len(ranks))
         self._death = asyncio.get_running_loop().create_future()
         self._ranks = [BlockPool(args.kv_blocks, args.block_size) for _ in ranks]

@@ -35,6 +35,10 @@ class SimulatedArgs(msgspec.Struct, frozen=True):
     """How long a prefill leg's KV waits for its decode side."""
     serving: Literal["leader", "every_node"] = "leader"
     """Of a worker over several nodes: its leader serves all ranks, or every node its own."""
+    failing_node: Annotated[int, Meta(ge=0)] | None = None
+    """The node of a worker whose share does not start, once `start_s` is over; to see what becomes of that."""
+    last_line: str = ""
+    """What that node is to have written last."""
     token_low: Token = 97
     token_high: Token = 122
     """Tokens are drawn from this closed range; the default is a to z in the byte tokenizer."""

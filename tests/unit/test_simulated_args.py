@@ -24,6 +24,7 @@ def test_what_is_not_given_has_its_default() -> None:
         {"prefill_tokens_per_s": 0},
         {"handoff": "none"},
         {"token_high": 1 << 32},
+        {"failing_node": -1},
         {"token_high": 5, "token_low": 10},
         {"kv_blocks": 10, "block_size": 16, "max_model_len": 161},
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from backends import sglang_args
 from backends.engine import NodePlace, Role
 from dynamo_ray.cluster.workload import config_hash, launch_specs, num_ports, works
 from dynamo_ray.config import DeploymentConfig
@@ -42,10 +43,16 @@ def test_every_node_is_told_its_rank_its_ports_and_the_leader_s() -> None:
     topology = Topology(tuple(Node(str(i), f"10.0.0.{i}", free, free) for i in range(2)))
     placement = plan(topology, [work.group]).of("decode-0")
     prepared = [NodePlace(f"10.0.0.{i}", (100 * i + 1, 100 * i + 2)) for i in range(2)]
-    first, second = launch_specs(checked, work, placement, prepared)
+    first, second = launch_specs(checked, work, placement, prepared, bundles=(1, 0))
     assert (first.node_rank, second.node_rank, second.num_nodes) == (0, 1, 2)
     assert second.leader == NodePlace("10.0.0.0", (1, 2))
     assert second.place == NodePlace("10.0.0.1", (101, 102))
     assert (second.attn_dp, second.moe_ep, second.moe_tp) == (4, 4, 1)
     assert placement.bundles[0].resources == Resources(1.0, 0, 2**30)
-    assert num_ports(work.config) >= 2
+    assert first.bundles == second.bundles == (1, 0)
+
+
+def test_a_node_has_ports_for_the_most_an_engine_asks_for() -> None:
+    checked = config()
+    assert num_ports(checked.roles[Role.DECODE]) >= sglang_args.EVENTS + 3 * 2  # two ranks on each node
+    assert num_ports(checked.roles[Role.DECODE]) > num_ports(checked.roles[Role.PREFILL])
