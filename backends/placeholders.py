@@ -31,8 +31,9 @@ class Port(int):
         return Port(int(self) - FIRST_PORT - int(other))
 
 
-def place(node_rank: int) -> NodePlace:
-    return NodePlace(f"<node-{node_rank}>", tuple(map(Port, range(NUM_PORTS))))
+def place(node_rank: int, address: str = "") -> NodePlace:
+    """A node of a worker, at an address where one is planned."""
+    return NodePlace(address or f"<node-{node_rank}>", tuple(map(Port, range(NUM_PORTS))))
 
 
 def written(value: Any) -> Any:

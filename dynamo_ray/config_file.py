@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 import backends
 from backends.engine import EngineStartError, Role
-from dynamo_ray.cluster.launches import Launch, disagreements, launches
+from dynamo_ray.cluster.launches import Launch, disagreements, first_launches
 from dynamo_ray.config import DeploymentConfig, RoleConfig
 from dynamo_ray.errors import ConfigError, Problem
 
@@ -171,7 +171,7 @@ def _engine_problems(document: Document, path: Place, config: DeploymentConfig) 
     leaders: dict[Role, Launch] = {}
     for role in config.roles:
         try:
-            leaders[role] = launches(config, role)[0]
+            leaders[role] = first_launches(config, role)[0]
         except EngineStartError as error:
             problems.append(_start_problem(document, path, role.value, error))
     for found in disagreements(config, leaders):

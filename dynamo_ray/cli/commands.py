@@ -61,8 +61,12 @@ def plan(
     model_config: Annotated[
         Path | None, typer.Option(help="The model's config.json, if it is not in its folder.")
     ] = None,
-    mem_fraction: Annotated[float, typer.Option(help="Of each GPU's memory.", min=0.01, max=1.0)] = 0.85,
-    kv_dtype: Annotated[str, typer.Option(help="bf16, fp8 or fp8_ds_mla.")] = "bf16",
+    mem_fraction: Annotated[
+        float | None, typer.Option(help="Of each GPU's memory; without it, engine_args', else 0.85.", min=0.01, max=1.0)
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp8 or fp8_ds_mla; without it, engine_args', else bf16.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Of a typical request.", min=1)] = 4096,
     answer_tokens: Annotated[int, typer.Option(help="Of a typical request.", min=1)] = 1024,
     out: Annotated[Path | None, typer.Option(help="Draw it there: .svg or .png.")] = None,
@@ -74,6 +78,19 @@ def plan(
     given = planning.Given(topology, address, model_config, mem_fraction, kv_dtype, prompt_tokens, answer_tokens)
     for layout in planning.layouts(file, given):
         planning.show(layout, as_json, out)
+
+
+@app.command()
+def flags(
+    file: File,
+    topology: Annotated[str | None, typer.Option(help="As of plan: the nodes' addresses, where it knows them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the environment and the command line of every node of every worker; nothing is started."""
+    from dynamo_ray.cli import flags as printing
+
+    for application in printing.flags(file, topology):
+        typer.echo(json.dumps(printing.as_json(application)) if as_json else printing.text(application))
 
 
 @app.command()

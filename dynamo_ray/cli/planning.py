@@ -13,7 +13,8 @@ from rich.table import Table
 from dynamo_ray.cli import drawing
 from dynamo_ray.cli.checked import check_file
 from dynamo_ray.cli.picture import draw
-from dynamo_ray.cluster.layout import Assumptions, Layout, as_json, plan, read_shape
+from dynamo_ray.cluster.assumptions import Assumptions
+from dynamo_ray.cluster.layout import Layout, as_json, plan, read_shape
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError, Problem
 from placement.gpus import GIB
@@ -30,8 +31,8 @@ class Given:
     topology: str | None
     address: str | None
     model_config: Path | None
-    mem_fraction: float
-    kv_dtype: str
+    mem_fraction: float | None
+    kv_dtype: str | None
     prompt_tokens: int
     answer_tokens: int
 
@@ -45,9 +46,10 @@ def layouts(file: Path, given: Given) -> Iterator[tuple[str, Layout]]:
     """
     if (given.topology is None) == (given.address is None):
         raise ConfigError((Problem("--topology", "say either --topology, or --address of a running Ray"),))
-    if given.kv_dtype not in list(KvDtype):
+    if given.kv_dtype not in (None, *KvDtype):
         raise ConfigError((Problem("--kv-dtype", f"{given.kv_dtype!r} is none of {', '.join(KvDtype)}"),))
-    assumed = Assumptions(given.mem_fraction, KvDtype(given.kv_dtype), given.prompt_tokens, given.answer_tokens)
+    kv_dtype = None if given.kv_dtype is None else KvDtype(given.kv_dtype)
+    assumed = Assumptions(given.mem_fraction, kv_dtype, given.prompt_tokens, given.answer_tokens)
     shape = None if given.model_config is None else read_shape(given.model_config)
     for application in check_file(file).applications:
         try:
@@ -118,9 +120,11 @@ def _workers(layout: Layout) -> Table:
 
 
 def _costs(layout: Layout) -> Iterator[str]:
-    given, request = layout.assumptions, layout.request
-    tokens = f"{request.prompt_tokens:,} + {request.answer_tokens:,} tokens"
-    yield f"assumed: mem_fraction {given.mem_fraction:g}, KV in {given.kv_dtype}, requests of {tokens}"
+    request = layout.request
+    for name, assumed in layout.memory.items():
+        share = f"{assumed.mem_fraction:g} of free memory for KV" if assumed.of_free else ""
+        yield f"assumed of {name}: {share or f'mem_fraction {assumed.mem_fraction:g}'}, KV in {assumed.kv_dtype}"
+    yield f"assumed of requests: {request.prompt_tokens:,} + {request.answer_tokens:,} tokens"
     if len({node.leaf for node in layout.topology.nodes}) == 1:
         yield "traffic between leaves: none, all nodes are in one, or no label says which"
         return

@@ -1,4 +1,4 @@
-"""What every node of every worker would start, while none has a place yet."""
+"""What every node of every worker would start, while none has a place yet, or only a planned one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backends.agreement import Disagreement
 from backends.engine import Role
 from dynamo_ray.cluster.workload import Work, launch_specs, works
 from dynamo_ray.config import DeploymentConfig
-from placement.plan import Bundle, WorkerPlacement
+from placement.plan import Bundle, Plan, WorkerPlacement
 from placement.topology import NO_ACCELERATOR
 
 
@@ -22,36 +22,30 @@ class Launch:
     worker: str
     role: Role
     node_rank: int
+    num_nodes: int
     plan: LaunchPlan
 
 
-def launches(config: DeploymentConfig, role: Role) -> tuple[Launch, ...]:
-    """Of the role's first worker, in node_rank order; the others differ from it in their places alone.
+def launches(config: DeploymentConfig, plan: Plan) -> tuple[Launch, ...]:
+    """Of every node of every planned worker, in the plan's order; ports stay placeholders.
 
-    An engine that starts its ranks as Ray actors does so on its leader.
+    An engine that starts its ranks as Ray actors does so on its worker's leader, the only node of it that is here.
 
     Raises:
-        EngineStartError: The engine cannot start so; the message begins with the field at fault.
+        EngineStartError: An engine cannot start so; the message begins with the field at fault.
     """
-    version = backends.resolve_version(config.backend, config.engine_version)
+    known = works(config)
+    return tuple(launch for worker in plan.workers for launch in _launches(config, known[worker.worker], worker))
+
+
+def first_launches(config: DeploymentConfig, role: Role) -> tuple[Launch, ...]:
+    """Of the role's first worker; the others differ from it in their places alone.
+
+    Raises:
+        EngineStartError: As `launches`.
+    """
     work = next(work for work in works(config).values() if work.role is role)
-    places = [placeholders.place(rank) for rank in range(work.config.nodes)]
-    specs = launch_specs(config, work, _placement(work), places)
-    return tuple(
-        Launch(
-            spec.worker,
-            role,
-            spec.node_rank,
-            backends.launch_plan(
-                config.backend,
-                version,
-                spec,
-                on_cpu=config.accelerator == NO_ACCELERATOR,
-                env=work.config.env,
-            ),
-        )
-        for spec in (specs[:1] if config.launcher(role) == "ray" else specs)
-    )
+    return _launches(config, work, _somewhere(work))
 
 
 def disagreements(config: DeploymentConfig, leaders: Mapping[Role, Launch]) -> tuple[Disagreement, ...]:
@@ -61,7 +55,30 @@ def disagreements(config: DeploymentConfig, leaders: Mapping[Role, Launch]) -> t
     return agreement.check(config.backend, leaders[Role.PREFILL].plan, leaders[Role.DECODE].plan)
 
 
-def _placement(work: Work) -> WorkerPlacement:
+def _launches(config: DeploymentConfig, work: Work, placement: WorkerPlacement) -> tuple[Launch, ...]:
+    version = backends.resolve_version(config.backend, config.engine_version)
+    places = [placeholders.place(bundle.node_rank, bundle.address) for bundle in placement.bundles]
+    specs = launch_specs(config, work, placement, places)
+    return tuple(
+        Launch(
+            spec.worker,
+            work.role,
+            spec.node_rank,
+            spec.num_nodes,
+            backends.launch_plan(
+                config.backend,
+                version,
+                spec,
+                on_cpu=config.accelerator == NO_ACCELERATOR,
+                env=work.config.env,
+            ),
+        )
+        for spec in (specs[:1] if config.launcher(work.role) == "ray" else specs)
+    )
+
+
+def _somewhere(work: Work) -> WorkerPlacement:
+    """On nodes without addresses."""
     per_node = work.config.parallelism.num_ranks // work.config.nodes
     return WorkerPlacement(
         work.worker,

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from backends.engine import Role
+from dynamo_ray.cluster.assumptions import Assumptions, RoleMemory, role_memory
 from dynamo_ray.cluster.workload import widths, worker_groups
-from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.config import DeploymentConfig, ParallelismConfig
 from dynamo_ray.errors import ConfigError, Problem
 from placement.cluster_file import read_topology
-from placement.gpus import gpu_type
+from placement.gpus import GpuType, gpu_type
 from placement.memory import Fit, fit, kv_cost
-from placement.model_shape import KvDtype, ModelShape, read_config
+from placement.model_shape import ModelShape, read_config
 from placement.plan import PlacementError, Plan, WorkerGroup
 from placement.plan import plan as assign
 from placement.topology import NO_ACCELERATOR, Topology, TopologyError
@@ -27,18 +29,6 @@ NUM_RANDOM_LAYOUTS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Assumptions:
-    """What a plan takes for granted, because a configuration does not say it."""
-
-    mem_fraction: float = 0.85
-    """Of each GPU's memory, for weights, buffers and KV."""
-    kv_dtype: KvDtype = KvDtype.BF16
-    prompt_tokens: int = 4096
-    """Of a typical request; it weighs the traffic of prefill against that of decode."""
-    answer_tokens: int = 1024
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     topology: Topology
     """As it was before the plan."""
@@ -46,7 +36,8 @@ class Layout:
     plan: Plan
     fits: Mapping[str, Fit]
     """By group; none for workers on CPUs."""
-    assumptions: Assumptions
+    memory: Mapping[str, RoleMemory]
+    """By group: what was assumed of its engines; none for workers on CPUs."""
     request: RequestShape
     cost: Traffic
     """Of this layout."""
@@ -82,9 +73,11 @@ def plan(
     if shape is None and on_gpus:
         shape, wrong = _shape(config)
         problems += wrong
-    fits, wrong = _fits(config, shape, given) if shape is not None and on_gpus else ({}, [])
+    memory, wrong = _memory(config, given) if on_gpus else ({}, [])
     problems += wrong
-    request = _request(config, shape, given)
+    fits, wrong = _fits(config, shape, given, memory) if shape is not None and on_gpus else ({}, [])
+    problems += wrong
+    request = _request(config, shape, given, memory)
     found: Plan | None = None
     try:
         found = assign(cluster, groups, spares=config.placement.spares, request=request)
@@ -97,7 +90,7 @@ def plan(
         groups,
         found,
         fits,
-        given,
+        memory,
         request,
         traffic(request, _leaves(cluster, groups, found)),
         _bound(cluster, groups, request),
@@ -160,41 +153,68 @@ def read_shape(path: Path) -> ModelShape:
         raise ConfigError((Problem("model.path", f"{path}: {error}"),)) from error
 
 
-def _fits(config: DeploymentConfig, shape: ModelShape, given: Assumptions) -> tuple[dict[str, Fit], list[Problem]]:
-    """Memory by group; a width that the model does not divide by, or that does not fit, is a problem."""
+def _memory(config: DeploymentConfig, given: Assumptions) -> tuple[dict[str, RoleMemory], list[Problem]]:
+    """By group; a group of which nothing can be assumed is a problem."""
+    found: dict[str, RoleMemory] = {}
+    problems: list[Problem] = []
+    for role, role_config in config.roles.items():
+        try:
+            found[role.value] = role_memory(config, role_config, given)
+        except ValueError as error:
+            field, _, message = str(error).partition(": ")
+            problems.append(Problem(f"{role.value}.{field}", message))
+    return found, problems
+
+
+def _fits(
+    config: DeploymentConfig, shape: ModelShape, given: Assumptions, memory: Mapping[str, RoleMemory]
+) -> tuple[dict[str, Fit], list[Problem]]:
+    """By group; a width that the model does not divide by, or that does not fit, is a problem."""
     fits: dict[str, Fit] = {}
     problems: list[Problem] = []
     try:
         gpu = gpu_type(config.accelerator)
     except ValueError as error:
         return {}, [Problem("accelerator", str(error))]
-    for role, role_config in config.roles.items():
-        field = f"{role.value}.parallelism"
-        redundant = role_config.parallelism.redundant_experts
+    for name, assumed in memory.items():
+        field = f"{name}.parallelism"
+        width = config.roles[Role(name)].parallelism
         try:
-            found = fit(
-                shape,
-                widths(role_config.parallelism),
-                gpu,
-                given.mem_fraction,
-                redundant_experts=redundant,
-                kv_dtype=given.kv_dtype,
-                min_kv_tokens=given.prompt_tokens + given.answer_tokens,
-            )
+            found = _fit(shape, width, gpu, assumed, given.prompt_tokens + given.answer_tokens)
         except ValueError as error:
             problems.append(Problem(field, str(error)))
             continue
-        fits[role.value] = found
+        fits[name] = found
         if not found.fits:
             problems.append(Problem(field, found.explain()))
     return fits, problems
 
 
-def _request(config: DeploymentConfig, shape: ModelShape | None, given: Assumptions) -> RequestShape:
-    if shape is None:
+def _fit(shape: ModelShape, width: ParallelismConfig, gpu: GpuType, assumed: RoleMemory, kv_tokens: int) -> Fit:
+    def with_fraction(mem_fraction: float) -> Fit:
+        return fit(
+            shape,
+            widths(width),
+            gpu,
+            mem_fraction,
+            redundant_experts=width.redundant_experts,
+            kv_dtype=assumed.kv_dtype,
+            min_kv_tokens=kv_tokens,
+        )
+
+    found = with_fraction(assumed.mem_fraction)
+    share = assumed.share(found.weights.total + found.allowances.total, gpu.memory_bytes)
+    return found if share == assumed.mem_fraction else with_fraction(share)
+
+
+def _request(
+    config: DeploymentConfig, shape: ModelShape | None, given: Assumptions, memory: Mapping[str, RoleMemory]
+) -> RequestShape:
+    role, role_config = next(iter(config.roles.items()))
+    if shape is None or role.value not in memory:
         return RequestShape(given.prompt_tokens, given.answer_tokens)
-    one = widths(next(iter(config.roles.values())).parallelism)
-    kv_bytes = kv_cost(shape, one, given.kv_dtype).per_token_bytes * one.pp
+    one = widths(role_config.parallelism)
+    kv_bytes = kv_cost(shape, one, memory[role.value].kv_dtype).per_token_bytes * one.pp
     return request_shape(shape, given.prompt_tokens, given.answer_tokens, kv_bytes)
 
 

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from dynamo_ray.cluster.layout import Assumptions, as_json, plan
+from backends.engine import Role
+from dynamo_ray.cluster.assumptions import Assumptions, RoleMemory, role_memory
+from dynamo_ray.cluster.layout import as_json, plan
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError
 from placement.model_shape import KvDtype
 
 WIDEEP = Path(__file__).parents[2] / "configs/deepseek-r1-wideep.yaml"
-FP8 = Assumptions(kv_dtype=KvDtype.FP8)
+FP8 = Assumptions(mem_fraction=0.85, kv_dtype=KvDtype.FP8)
 
 
 def wideep(**changes: Any) -> DeploymentConfig:
@@ -23,9 +25,9 @@ def wideep(**changes: Any) -> DeploymentConfig:
     return DeploymentConfig.model_validate({**args, **changes})
 
 
-def problems(config: DeploymentConfig, topology: str) -> list[str]:
+def problems(config: DeploymentConfig, topology: str, assumptions: Assumptions = FP8) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        plan(config, topology, FP8)
+        plan(config, topology, assumptions)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -95,3 +97,51 @@ def test_workers_on_cpus_are_planned_without_a_model() -> None:
     layout = plan(config, "1x8xH100")
     assert layout.fits == {}
     assert len(layout.plan.workers) == 2
+
+
+def test_memory_is_what_each_role_s_engine_arguments_say() -> None:
+    layout = plan(wideep(), "13x8xH100")
+    assert {name: fit.mem_fraction for name, fit in layout.fits.items()} == {"prefill": 0.85, "decode": 0.835}
+    assert {assumed.kv_dtype for assumed in layout.memory.values()} == {KvDtype.BF16}
+    args = {"kv_cache_dtype": "fp8_e4m3", "mem_fraction_static": 0.9}
+    changed = {role: {**wideep().model_dump()[role], "engine_args": args} for role in ("prefill", "decode")}
+    layout = plan(wideep(**changed), "13x8xH100")
+    assert {fit.mem_fraction for fit in layout.fits.values()} == {0.9}
+    assert layout.request.kv_bytes_per_token == 35_136
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "args", "mem_fraction", "kv_dtype"),
+    [
+        ("vllm", "0.33.0", {"gpu_memory_utilization": 0.7, "kv_cache_dtype": "fp8_ds_mla"}, 0.7, KvDtype.FP8_DS_MLA),
+        ("sglang", "0.5.23", {}, 0.85, KvDtype.BF16),
+        ("sglang", "0.5.23", {"mem_fraction_static": 0.6, "kv_cache_dtype": "bfloat16"}, 0.6, KvDtype.BF16),
+        ("trtllm", "1.3", {"kv_cache_config": {"free_gpu_memory_fraction": 0.5, "dtype": "fp8"}}, 0.5, KvDtype.FP8),
+    ],
+)
+def test_each_engine_has_its_own_words_for_it_and_the_caller_has_the_last(
+    backend: str, version: str, args: dict[str, Any], mem_fraction: float, kv_dtype: KvDtype
+) -> None:
+    role = {"parallelism": {"attn_dp": 32, "moe_ep": 32}, "nodes": 4, "engine_args": args}
+    config = wideep(backend=backend, engine_version=version, prefill=None, decode=None, aggregated=role)
+    found = role_memory(config, config.roles[Role.AGGREGATED], Assumptions())
+    assert (found.mem_fraction, found.kv_dtype) == (mem_fraction, kv_dtype)
+    told = role_memory(config, config.roles[Role.AGGREGATED], Assumptions(0.3, KvDtype.FP8))
+    assert told == RoleMemory(0.3, KvDtype.FP8)
+
+
+def test_a_fraction_of_free_memory_is_of_what_weights_and_buffers_leave() -> None:
+    args = {"kv_cache_config": {"free_gpu_memory_fraction": 0.5}}
+    role = {"parallelism": {"attn_dp": 32, "moe_ep": 32}, "nodes": 4, "engine_args": args}
+    config = wideep(backend="trtllm", engine_version="1.3", prefill=None, decode=None, aggregated=role)
+    (fit,) = plan(config, "4x8xH100").fits.values()
+    free = fit.gpu.memory_bytes - fit.weights.total - fit.allowances.total
+    assert fit.kv_budget_bytes == pytest.approx(0.5 * free, rel=1e-6)
+
+
+def test_kv_of_a_size_that_is_not_known_is_a_problem_until_the_caller_says_one() -> None:
+    args = {"decode": {**wideep().model_dump()["decode"], "engine_args": {"kv_cache_dtype": "nvfp4"}}}
+    (said,) = problems(wideep(**args), "13x8xH100", Assumptions())
+    assert said.startswith("decode.engine_args.kv_cache_dtype: ")
+    assert "--kv-dtype" in said
+    assert plan(wideep(**args), "13x8xH100", FP8).fits["decode"].fits

@@ -1,0 +1,114 @@
+"""`dynamo-ray flags`: each node's own command line, before there are nodes, or on planned ones."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from backends import LaunchPlan, agreement, placeholders
+from dynamo_ray.cli import flags as printing
+from dynamo_ray.cli.flags import Flags
+from dynamo_ray.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def flags_of(name: str, topology: str | None = None) -> Flags:
+    (found,) = printing.flags(CONFIGS / name, topology)
+    return found
+
+
+def test_every_node_has_its_own_rank_and_all_have_one_leader() -> None:
+    decode = [launch for launch in flags_of("deepseek-r1-wideep.yaml").launches if launch.worker == "decode-0"]
+    assert [launch.node_rank for launch in decode] == list(range(9))
+    for launch in decode:
+        words = list(launch.plan.command)
+        assert words[words.index("--node-rank") + 1] == str(launch.node_rank)
+        assert words[words.index("--host") + 1] == f"<node-{launch.node_rank}>"
+        assert words[words.index("--dist-init-addr") + 1] == "<node-0>:<port+0>"
+        assert words[words.index("--nccl-port") + 1] == "<port+8>"
+
+
+def test_on_a_topology_the_nodes_have_their_planned_addresses() -> None:
+    found = flags_of("deepseek-r1-wideep.yaml", "13x8xH100")
+    hosts = [launch.plan.arguments["host"] for launch in found.launches]
+    assert sorted(hosts) == [f"node-{number:02d}" for number in range(13)]
+    leaders = {launch.worker: launch.plan.arguments["host"] for launch in found.launches if launch.node_rank == 0}
+    for launch in found.launches:
+        assert launch.plan.arguments["dist_init_addr"] == f"{leaders[launch.worker]}:<port+0>"
+    assert "workers are alike" not in printing.text(found)
+
+
+def test_a_topology_without_room_is_refused_with_the_role() -> None:
+    with pytest.raises(ConfigError, match=r"applications\[0\]\.args\.prefill: prefill-0 needs 4 nodes"):
+        flags_of("deepseek-r1-wideep.yaml", "12x8xH100")
+    with pytest.raises(ConfigError, match="--topology: "):
+        flags_of("deepseek-r1-wideep.yaml", "13x8xH10")
+
+
+def test_the_text_is_a_shells_but_for_its_placeholders() -> None:
+    found = flags_of("local-dep.yaml")
+    said = printing.text(found)
+    for block in said.replace("<", "").replace(">", "").split("# ")[1:]:
+        _, _, script = block.partition("\n")
+        words = shlex.split(script.replace("\\\n", " "))
+        assert "vllm" in words
+        assert words[words.index("vllm") + 1] == "serve"
+        assert all("=" in word for word in words[: words.index("vllm")])
+
+
+def test_replicas_are_said_once_and_simulated_engines_have_no_command() -> None:
+    said = printing.text(flags_of("local-sim.yaml"))
+    assert "# prefill-0, node 0 of 1; 2 workers are alike" in said
+    assert "simulated, in its worker's process" in said
+
+
+def test_json_has_the_arguments_and_the_command_of_each() -> None:
+    made = printing.as_json(flags_of("local.yaml"))
+    assert (made["backend"], made["version"]) == ("vllm", "0.32.0")
+    assert [(node["worker"], node["node_rank"]) for node in made["nodes"]] == [("prefill-0", 0), ("decode-0", 0)]
+    for node in made["nodes"]:
+        assert node["arguments"]["block_size"] == 32
+        assert node["command"][:2] == ["vllm", "serve"]
+        assert node["environment"]["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "<port+0>"
+
+
+def test_a_port_that_is_not_known_counts_like_a_number_and_reads_as_what_it_is() -> None:
+    port = placeholders.place(0).ports[16] - 8
+    assert f"{port + 3}" == str(port + 3) == "<port+11>"
+    assert placeholders.written({"a": [port], "b": (port, 7)}) == {"a": ["<port+8>"], "b": ["<port+8>", 7]}
+
+
+@pytest.mark.parametrize(
+    ("backend", "prefill", "decode", "name"),
+    [
+        ("sglang", {"page_size": 64}, {"page_size": 128}, "page_size"),
+        ("sglang", {"kv_cache_dtype": "auto"}, {}, None),
+        ("sglang", {"kv_cache_dtype": "bf16"}, {}, "kv_cache_dtype"),
+        ("vllm", {"dtype": "half"}, {"dtype": "float16"}, None),
+        ("vllm", {"speculative_config": {"method": "mtp"}}, {}, "speculative_config.method"),
+        ("vllm", {"attention_backend": "FLASHMLA"}, {}, "attention_backend"),
+        ("trtllm", {"kv_cache_config": {"tokens_per_block": 32}}, {}, None),
+        ("trtllm", {"kv_cache_config": {"tokens_per_block": 64}}, {}, "kv_cache_config.tokens_per_block"),
+        ("trtllm", {}, {"cache_transceiver_config": {"backend": "UCX"}}, "cache_transceiver_config.backend"),
+        ("trtllm", {}, {"speculative_config": {"decoding_type": "MTP"}}, "speculative_config.decoding_type"),
+        ("simulated", {"block_size": 16}, {"block_size": 32}, None),
+    ],
+)
+def test_what_both_sides_of_a_hand_off_must_share(
+    backend: str, prefill: dict[str, object], decode: dict[str, object], name: str | None
+) -> None:
+    found = agreement.check(backend, LaunchPlan({}, prefill), LaunchPlan({}, decode))
+    assert [each.name for each in found] == ([] if name is None else [name])
+    for each in found:
+        assert "here" in each.message
+        assert "in prefill; write the same in both" in each.message
+
+
+def test_the_environment_counts_where_it_decides_the_layout() -> None:
+    one, other = LaunchPlan({"VLLM_KV_CACHE_LAYOUT": "HND"}, {}), LaunchPlan({"VLLM_KV_CACHE_LAYOUT": "NHD"}, {})
+    (found,) = agreement.check("vllm", one, other)
+    assert found.in_environment
+    assert agreement.check("vllm", one, one) == ()
