@@ -170,6 +170,11 @@ class DeathWatch:
         for sentinel in self._processes:
             self._loop.add_reader(sentinel, self._ended, sentinel)
 
+    def report(self, reason: str) -> None:
+        """A death that somebody else has seen."""
+        if not self.death.done():
+            self.death.set_result(reason)
+
     def close(self) -> None:
         for sentinel in self._processes:
             self._loop.remove_reader(sentinel)
@@ -178,8 +183,7 @@ class DeathWatch:
     def _ended(self, sentinel: int) -> None:
         process = self._processes.pop(sentinel)
         self._loop.remove_reader(sentinel)
-        if not self.death.done():
-            self.death.set_result(f"{process.name} (pid {process.pid}) {exit_words(process.exitcode)}")
+        self.report(f"{process.name} (pid {process.pid}) {exit_words(process.exitcode)}")
 
 
 class WatchedPid:

@@ -6,6 +6,8 @@ their schedulers only.
 
 Sockets: on the node's address and on the ports that `backends.sglang_args` lays out. Two listen on every address:
 torch's TCPStore of the rendezvous, and what NIXL's backend opens for its own handshakes.
+
+Under `launcher: ray` the schedulers are Ray actors of the leader's, on all nodes, and the other nodes' share is empty.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from backends.sglang_processes import (
     run_detokenizer,
     run_scheduler,
 )
-from backends.startup import Startup
+from backends.startup import Startup, check_model
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +121,7 @@ class SGLangEngine:
     async def check_health(self) -> None:
         if self.spec.node_rank == 0:
             self._check_serving()
-        elif self._engine is None or self._is_dead:
+        elif not self._is_empty and (self._engine is None or self._is_dead):
             raise EngineError(f"this node's share of {self.spec.worker} is not running")
 
     async def died(self) -> str:
@@ -145,6 +147,10 @@ class SGLangEngine:
             raise EngineStartError(f"the sglang backend needs the package {error.name!r}") from error
         self._version = arguments.check_installed("sglang", self.spec.version, sglang.__version__)
         self.spec = spec = _with_ports(self.spec)
+        check_model(spec)
+        if self._is_empty:
+            self._watch = DeathWatch(())
+            return None
         args = sglang_args.engine_args(spec, self._version)
         must, defaults = sglang_args.environment(spec, interface_of(spec.place.address))
         self._output = OutputCapture()
@@ -152,6 +158,8 @@ class SGLangEngine:
         try:
             self._engine = await self._launcher.run(lambda: self._launch(args), _end, must, defaults)
             self._watch = DeathWatch(self.processes())
+            if spec.launcher == "ray":
+                self._watch_actors(self._watch)
             self._watch.death.add_done_callback(lambda _: self._lose_all("the SGLang engine died"))
             if spec.node_rank:
                 return None
@@ -179,10 +187,22 @@ class SGLangEngine:
         }
         if self._launcher.cancelled:
             raise EngineStartError("the start was given up")
-        started = type("Engine", (engine.Engine,), ours)(**args)
+        started = type("Engine", (_engine_class(self.spec),), ours)(**args)
         if started.tokenizer_manager is not None:
             started.tokenizer_manager._subprocess_watchdog.stop()  # It would end this process; we watch ourselves.
         return started
+
+    def _watch_actors(self, watch: DeathWatch) -> None:
+        """Have SGLang wait for its actors, as long as this process lives; the first that ends is a death."""
+        result, loop = self._engine._scheduler_init_result, asyncio.get_running_loop()
+        wait = result.wait_for_completion if self._version == "0.5.16" else result.block_until_scheduler_exits
+
+        def main() -> None:
+            wait()
+            with contextlib.suppress(RuntimeError):  # the loop has ended before
+                loop.call_soon_threadsafe(watch.report, "a scheduler actor ended")
+
+        threading.Thread(target=main, name="sglang-actors", daemon=True).start()
 
     def _take_over(self) -> None:
         """Have SGLang's front run in this loop, with the signal handlers of this process as they are."""
@@ -267,6 +287,10 @@ class SGLangEngine:
             pass
 
     @property
+    def _is_empty(self) -> bool:
+        return self.spec.launcher == "ray" and self.spec.node_rank > 0
+
+    @property
     def _is_dead(self) -> bool:
         return self._watch is not None and self._watch.death.done()
 
@@ -347,6 +371,8 @@ class SGLangEngine:
                 for task in manager.asyncio_tasks:
                     task.cancel()
                 await asyncio.gather(*manager.asyncio_tasks, return_exceptions=True)
+            if self.spec.launcher == "ray":
+                await asyncio.to_thread(engine.shutdown)  # Ends its actors, and then what ours would.
             await asyncio.to_thread(_end, engine)
         await self._launcher.finish()
         if self._output is not None:
@@ -368,11 +394,21 @@ def rank_load(rank: int, snapshot: Any, block_size: int, total_blocks: int) -> R
     return RankLoad(rank, snapshot.num_running_reqs, waiting, -(-snapshot.num_used_tokens // block_size), total_blocks)
 
 
+def _engine_class(spec: LaunchSpec) -> Any:
+    if spec.launcher == "ray":
+        from sglang.srt.ray.engine import RayEngine
+
+        return RayEngine
+    from sglang.srt.entrypoints.engine import Engine
+
+    return Engine
+
+
 def _with_ports(spec: LaunchSpec) -> LaunchSpec:
     """As it is, or for an engine on one node that was given no ports, with free ones."""
     if spec.num_nodes > 1 or spec.place.ports:
         return spec
-    count = sglang_args.EVENTS + 3 * sglang_args.num_local_ranks(spec)
+    count = sglang_args.num_ports(spec)
     first = free_consecutive_ports(spec.place.address, count)
     return dataclasses.replace(spec, nodes=(NodePlace(spec.place.address, tuple(range(first, first + count))),))
 

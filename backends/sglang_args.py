@@ -110,7 +110,8 @@ def engine_args(spec: LaunchSpec, version: str) -> dict[str, Any]:
         "nnodes": spec.num_nodes,
         "node_rank": spec.node_rank,
         "dist_init_addr": f"{_host(spec.leader.address)}:{spec.leader.ports[DIST_INIT]}",
-        "nccl_port": spec.leader.ports[NCCL],
+        # SGLang's Ray engine meets at this port, where the others meet at dist_init_addr (ray/engine.py).
+        "nccl_port": spec.leader.ports[DIST_INIT if spec.launcher == "ray" else NCCL],
         "host": spec.place.address,
         "port": ports[HTTP],
     }
@@ -127,7 +128,7 @@ def engine_args(spec: LaunchSpec, version: str) -> dict[str, Any]:
             "disaggregation_bootstrap_port": spec.leader.ports[BOOTSTRAP],
         }
     if publishes_events(spec):
-        args["kv_events_config"] = json.dumps(_events(rank_ports(spec, spec.node_rank), version))
+        args["kv_events_config"] = json.dumps(_events(spec, version))
     if spec.loras:
         args |= {"enable_lora": True, "lora_paths": dict(spec.loras)}
     return args
@@ -171,7 +172,7 @@ def check_layout(spec: LaunchSpec) -> None:
         raise EngineStartError(
             "prefill.launcher: SGLang's Ray engine registers its bootstrap server too late to be found; use processes"
         )
-    needed = EVENTS + 3 * num_local_ranks(spec)
+    needed = num_ports(spec)
     if any(len(node.ports) < needed for node in spec.nodes):
         raise EngineStartError(f"ports: SGLang needs {needed} consecutive ones on each node")
 
@@ -210,14 +211,25 @@ def controls(spec: LaunchSpec) -> tuple[str, ...]:
     return ("pause", "resume", "update_weights", *memory)
 
 
+def num_ports(spec: LaunchSpec) -> int:
+    """Of one node's block."""
+    return EVENTS + 3 * (spec.attn_dp if spec.launcher == "ray" else num_local_ranks(spec))
+
+
 def num_local_ranks(spec: LaunchSpec) -> int:
     """Attention DP ranks that publish from one node: all of a narrow worker's, its share of a wide one's."""
     return max(1, spec.attn_dp // spec.num_nodes)
 
 
 def rank_ports(spec: LaunchSpec, node_rank: int) -> RankPorts:
-    count = num_local_ranks(spec)
-    return RankPorts(spec.nodes[node_rank], first_rank_of(spec, node_rank), count)
+    """Where that node's ranks publish.
+
+    Every node has a base of its own, but for the Ray launcher: SGLang tells all its actors the leader's. A worker's
+    ranks then need as many ports of the leader's block, and the same ones free on the other nodes.
+    """
+    if spec.launcher == "ray":
+        return RankPorts(NodePlace(spec.nodes[node_rank].address, spec.leader.ports), 0, spec.attn_dp)
+    return RankPorts(spec.nodes[node_rank], first_rank_of(spec, node_rank), num_local_ranks(spec))
 
 
 def first_rank_of(spec: LaunchSpec, node_rank: int) -> int:
@@ -238,13 +250,15 @@ def _attention_dp(attn_dp: int, version: str) -> dict[str, Any]:
     return {"attn_dp_size": attn_dp}
 
 
-def _events(ports: RankPorts, version: str) -> dict[str, Any]:
-    """0.5.16 binds its PUB socket to wildcards only; our main of its processes makes the node's address of it."""
-    host = "*" if version == "0.5.16" else ports.place.address
+def _events(spec: LaunchSpec, version: str) -> dict[str, Any]:
+    """0.5.16 binds its PUB socket to wildcards only, of which our main of its processes makes the node's address. The
+    Ray launcher's actors run on several nodes and not under our main: their sockets stay on every address."""
+    ports = rank_ports(spec, spec.node_rank)
+    on_ray = spec.launcher == "ray"
     config: dict[str, Any] = {
         "publisher": "zmq",
-        "endpoint": f"tcp://{host}:{ports.base(0)}",
-        "replay_endpoint": f"tcp://{ports.place.address}:{ports.base(1)}",
+        "endpoint": f"tcp://{'*' if on_ray or version == '0.5.16' else ports.place.address}:{ports.base(0)}",
+        "replay_endpoint": f"tcp://{'*' if on_ray else ports.place.address}:{ports.base(1)}",
     }
     return config if version == "0.5.16" else config | {"bind": True}
 

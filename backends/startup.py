@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
-from backends.engine import EngineStartError
+from backends.engine import EngineStartError, LaunchSpec
 
 T = TypeVar("T")
 
@@ -38,3 +39,16 @@ class Startup:
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
+
+
+def check_model(spec: LaunchSpec) -> None:
+    """Refuse a folder that holds no model: engines take it for the name of one on a hub, and ask there for minutes.
+
+    Raises:
+        EngineStartError: Names the field.
+    """
+    if not Path(spec.model_path, "config.json").is_file():
+        raise EngineStartError(f"model.path: {spec.model_path} holds no config.json on this node")
+    for name, folder in spec.loras.items():
+        if not Path(folder, "adapter_config.json").is_file():
+            raise EngineStartError(f"model.loras.{name}: {folder} holds no adapter_config.json on this node")
