@@ -10,7 +10,6 @@ listens on every address: with more than one rank, torch's TCPStore in the first
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import multiprocessing
 import shutil
@@ -21,7 +20,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from backends import admission, vllm_args, vllm_requests
+from backends import admission, arguments, vllm_args, vllm_requests
 from backends.engine import (
     Command,
     EngineError,
@@ -50,7 +49,6 @@ from backends.vllm_stats import EngineCounters, RankRecorder
 
 log = logging.getLogger(__name__)
 
-TESTED_VERSION = "0.32.0"
 WIRE_FORMAT = "vllm-0.32"
 STOP_TIMEOUT_S = 3.0
 """After this an engine core is killed; its own teardown takes 2 s, and then it idles for 3 more."""
@@ -182,9 +180,8 @@ class VLLMEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise EngineStartError(f"the vLLM backend needs the package {error.name!r}; run `make setup`") from error
-        if not (installed_version() or "").startswith(TESTED_VERSION):
-            log.warning("vLLM %s is installed; tested is %s", installed_version(), TESTED_VERSION)
-        vllm_args.check_known(self.spec.engine_args, {f.name for f in dataclasses.fields(AsyncEngineArgs)})
+        version = arguments.check_installed("vllm", self.spec.version, installed_version() or "of unknown version")
+        arguments.check("vllm", version, self.spec.engine_args, vllm_args.OWNED)
         launch_with_our_mains()
         if self._launcher.cancelled:
             raise EngineStartError("the start was given up")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from backends.engine import EngineStartError, LaunchSpec, Role
@@ -60,9 +58,8 @@ def engine_args(spec: LaunchSpec, on_cpu: bool) -> dict[str, Any]:
     """The keyword arguments of vLLM's AsyncEngineArgs.
 
     Raises:
-        EngineStartError: `spec.engine_args` sets what we own, or the layout is one this adapter cannot start.
+        EngineStartError: The layout is one that this adapter cannot start.
     """
-    check_owned(spec.engine_args)
     _check_layout(spec)
     args: dict[str, Any] = dict(CPU_DEFAULTS) if on_cpu else {}
     args |= {
@@ -87,22 +84,6 @@ def engine_args(spec: LaunchSpec, on_cpu: bool) -> dict[str, Any]:
     if spec.kv_events:
         args["kv_events_config"] = _events()
     return args
-
-
-def check_owned(args: Mapping[str, Any]) -> None:
-    """Refuse a user's argument that follows from the rest of the configuration; names what to set instead."""
-    for key in args:
-        if key in OWNED:
-            raise EngineStartError(f"engine_args.{key}: follows from the configuration; use {OWNED[key]}")
-
-
-def check_known(args: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse a user's argument that this version of vLLM does not have; names the nearest that it has."""
-    for key in args:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise EngineStartError(f"engine_args.{key}: unknown to this version of vLLM{hint}")
 
 
 def environment(

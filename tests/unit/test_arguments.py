@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -42,6 +43,19 @@ def test_a_table_says_where_it_is_from_and_names_only_what_it_has(backend: str, 
         outer, _, inner_name = new.partition(".")
         assert outer in read.fields
         assert not inner_name or inner_name in read.nested[alternatives(read.fields[outer].type)[0]]
+
+
+@pytest.mark.parametrize("backend", [name for name in SUPPORTED if importlib.util.find_spec(f"backends.{name}_args")])
+def test_what_we_own_is_there_and_refused_with_its_place(backend: str) -> None:
+    owned: dict[str, str] = importlib.import_module(f"backends.{backend}_args").OWNED
+    for name, instead in owned.items():
+        outer, _, inner = name.partition(".")
+        read = [table(backend, version) for version in SUPPORTED[backend]]
+        assert any(outer in each.fields or outer in each.renamed for each in read), f"{name} is in no version"
+        given: dict[str, Any] = {outer: {inner: 1} if inner else 1}
+        for version in SUPPORTED[backend]:
+            (mistake,) = arguments.mistakes(backend, version, given, owned)
+            assert str(mistake) == f"engine_args.{name}: follows from the configuration; use {instead}"
 
 
 @pytest.mark.parametrize("version", SUPPORTED["sglang"])

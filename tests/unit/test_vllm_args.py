@@ -8,9 +8,7 @@ import pytest
 from backends.engine import EngineStartError, LaunchSpec, NodePlace, Role
 from backends.vllm_args import (
     CORES_VARIABLE,
-    OWNED,
     UNIPROC_EXECUTOR,
-    check_known,
     cores_of_rank,
     engine_args,
     environment,
@@ -52,18 +50,6 @@ def test_the_users_arguments_are_kept_and_beat_the_cpu_defaults() -> None:
     args = args_of(engine_args={"block_size": 64, "dtype": "float32"})
     assert (args["block_size"], args["dtype"], args["enforce_eager"]) == (64, "float32", True)
     assert "enforce_eager" not in args_of(on_cpu=False)
-
-
-@pytest.mark.parametrize("key", sorted(OWNED))
-def test_what_follows_from_the_configuration_is_refused_and_its_place_named(key: str) -> None:
-    with pytest.raises(EngineStartError, match=rf"^engine_args\.{key}: .* use "):
-        args_of(engine_args={key: 1})
-
-
-def test_an_unknown_argument_is_refused_with_the_nearest_known() -> None:
-    check_known({"block_size": 1}, {"block_size"})
-    with pytest.raises(EngineStartError, match=r"engine_args\.blocksize: .*'block_size'"):
-        check_known({"blocksize": 1}, {"block_size", "dtype"})
 
 
 @pytest.mark.parametrize(
