@@ -82,11 +82,21 @@ def engine_name(backend: str) -> str:
 
 
 def _quoted(lines: Sequence[str], telling: str | None) -> tuple[str, ...]:
-    told = [line for line in lines if not _FRAME.search(line)] or list(lines)
-    last = told[-NUM_QUOTED:]
+    last = _without_frames(lines)[-NUM_QUOTED:]
     if telling is not None and telling not in last:
         last = [telling, *last[1:]]
     return tuple(_shortened(line.strip()) for line in last)
+
+
+def _without_frames(lines: Sequence[str]) -> list[str]:
+    """Without where in somebody's code, which does not help who reads the configuration; all, if that is all."""
+    told, code_follows = [], False
+    for line in lines:
+        is_frame = _FRAME.search(line) is not None
+        if not is_frame and not code_follows:
+            told.append(line)
+        code_follows = _PYTHON_FRAME.search(line) is not None
+    return told or list(lines)
 
 
 def _shortened(line: str) -> str:
@@ -94,9 +104,10 @@ def _shortened(line: str) -> str:
 
 
 _FRAME = re.compile(
-    r'frame #\d+:|^\s*<omitting python frames>|\bFile ".*", line \d+|^\s*[\^~]+\s*$|Traceback \(most recent call last\)'
+    r'frame #\d+:|^\s*<omitting python frames>|\bFile ".*", line \d+|[\^~]{3,}\s*$|Traceback \(most recent call last\)'
 )
-"""Where in somebody's code, which does not help who reads the configuration."""
+_PYTHON_FRAME = re.compile(r'\bFile ".*", line \d+')
+"""Its line of code follows."""
 
 
 def _sign(pattern: str, cause: str, fix: str) -> _Sign:

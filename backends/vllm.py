@@ -17,7 +17,6 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 from backends import admission, arguments, vllm_args, vllm_requests
@@ -34,6 +33,8 @@ from backends.engine import (
     Role,
     TokenChunk,
 )
+from backends.failures import start_error
+from backends.output import OutputCapture
 from backends.processes import (
     DeathWatch,
     Launcher,
@@ -43,7 +44,7 @@ from backends.processes import (
 )
 from backends.startup import Startup
 from backends.vllm_cpu_fixes import installed_version
-from backends.vllm_processes import FAILURE_FILE, launch_with_our_mains
+from backends.vllm_processes import launch_with_our_mains
 from backends.vllm_requests import PromptSources
 from backends.vllm_stats import EngineCounters, RankRecorder
 
@@ -75,6 +76,7 @@ class VLLMEngine:
         self._watch: DeathWatch | None = None
         self._launcher = Launcher(f"vllm-{spec.worker}")
         self._socket_folder = ""
+        self._output: OutputCapture | None = None
 
     async def start(self) -> EngineInfo:
         return await self._startup.run(self._start())
@@ -110,7 +112,7 @@ class VLLMEngine:
         return tuple(recorder.load(total) for recorder in self._recorders)
 
     def last_lines(self) -> tuple[str, ...]:
-        return ()
+        return () if self._output is None else self._output.last_lines()
 
     async def check_health(self) -> None:
         self._check_serving()
@@ -130,17 +132,22 @@ class VLLMEngine:
         on_cpu = _on_cpu()
         args = vllm_args.engine_args(self.spec, on_cpu)
         self._socket_folder = tempfile.mkdtemp(prefix="vllm-")
+        self._output = OutputCapture()
         try:
             must, defaults = self._environment(on_cpu)
             self._llm = await self._launcher.run(
-                lambda: self._launch(args), lambda llm: llm.shutdown(STOP_TIMEOUT_S), must, defaults
+                lambda: self._launch(args),
+                lambda llm: llm.shutdown(STOP_TIMEOUT_S),
+                {**must, **self._output.environment},
+                defaults,
             )
         except BaseException as error:
-            cause = _cause(error, self._socket_folder)
             await self._shut_down()
             if isinstance(error, EngineStartError) or not isinstance(error, Exception):
                 raise
-            raise EngineStartError(f"vLLM did not start: {cause}") from error
+            # vLLM tells its front end only that something failed; what did stands among the lines.
+            lines = (*self.last_lines(), *f"{type(error).__name__}: {error}".splitlines())
+            raise start_error(lines, "vllm", self.spec.role) from error
         self._watch = DeathWatch(self.processes())
         self.info = self._describe()
         return self.info
@@ -160,6 +167,8 @@ class VLLMEngine:
         else:
             await self._launcher.finish()
         multiprocessing.active_children()  # Reaps those that have ended.
+        if self._output is not None:
+            self._output.close()
         if self._socket_folder:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
 
@@ -327,12 +336,6 @@ async def _end_requests(llm: Any) -> None:
 
 def _already_shut_down(timeout: float | None = None) -> None:
     """In place of AsyncLLM.shutdown, which its finalizer calls again, at interpreter exit with a traceback."""
-
-
-def _cause(error: BaseException, folder: str) -> str:
-    """What an engine core said before it ended, else the front end's own error."""
-    failure = Path(folder, FAILURE_FILE)
-    return failure.read_text() if failure.exists() else str(error)
 
 
 def _on_cpu() -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
+from backends.output import redirect_output
 from backends.processes import die_with_parent
 from backends.vllm_args import CORES_VARIABLE
-
-FAILURE_FILE = "failure"
 
 
 def pin_to_cores(rank: int) -> None:
@@ -22,20 +20,17 @@ def pin_to_cores(rank: int) -> None:
 def run_engine_core(*args: Any, dp_rank: int = 0, local_dp_rank: int = 0, **kwargs: Any) -> None:
     """Main of an engine core's process, in place of EngineCoreProc.run_engine_core."""
     die_with_parent()
+    redirect_output()
     pin_to_cores(local_dp_rank)
     from vllm.v1.engine.core import EngineCoreProc
 
-    try:
-        EngineCoreProc.run_engine_core(*args, dp_rank=dp_rank, local_dp_rank=local_dp_rank, **kwargs)
-    except Exception as error:
-        # vLLM tells its front end only that something failed.
-        Path(os.environ["VLLM_RPC_BASE_PATH"], FAILURE_FILE).write_text(f"{type(error).__name__}: {error}")
-        raise
+    EngineCoreProc.run_engine_core(*args, dp_rank=dp_rank, local_dp_rank=local_dp_rank, **kwargs)
 
 
 def run_coordinator(*args: Any, **kwargs: Any) -> None:
     """Main of the process that keeps data-parallel ranks in step, in place of DPCoordinatorProc.run_coordinator."""
     die_with_parent()
+    redirect_output()
     from vllm.v1.engine.coordinator import DPCoordinatorProc
 
     DPCoordinatorProc.run_coordinator(*args, **kwargs)

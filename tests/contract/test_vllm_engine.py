@@ -76,8 +76,10 @@ async def test_a_request_over_the_users_queue_limit_is_an_error_to_retry(
 async def test_the_cause_of_a_failed_start_is_named_and_nothing_is_left() -> None:
     before = children()
     engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, engine_args={"kv_cache_memory_bytes": 1 * MIB}))
-    with pytest.raises(EngineStartError, match="KV cache"):
+    with pytest.raises(EngineStartError) as failure:
         await engine.start()
+    assert "one request of 2048 tokens needs 0.01 GiB; lower aggregated.engine_args.max_model_len" in str(failure.value)
+    assert "| ValueError: To serve at least one request" in str(failure.value)
     await engine.stop()
     assert children() <= before
 

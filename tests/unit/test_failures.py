@@ -333,7 +333,13 @@ def test_stack_frames_are_not_quoted_but_the_telling_line_is() -> None:
     frames = [
         f"frame #{i}: <unknown function> + 0x163b752 (0x7fa0eac3b752 in libtorch_cpu.so)" for i in range(NUM_QUOTED)
     ]
-    frames += ['  File "/site/sglang/srt/managers/scheduler.py", line 2913, in run', "        ^^^^^^^^", "", "  "]
+    frames += [
+        "(EngineCore pid=71) ERROR 11-25 Traceback (most recent call last):",
+        '(EngineCore pid=71) ERROR 11-25   File "/site/sglang/srt/managers/scheduler.py", line 2913, in run',
+        "(EngineCore pid=71) ERROR 11-25     self.step()",
+        "(EngineCore pid=71) ERROR 11-25     ~~~~~~~~~^^",
+        "",
+    ]
     ends = [f"rank {i} ended" for i in range(NUM_QUOTED)]
     failure = explain([telling, *frames, *ends], "sglang", Role.DECODE)
     assert failure.lines == (telling, *ends[1:])
