@@ -28,7 +28,7 @@ def table(statuses: tuple[WorkerStatus, ...], now_s: float) -> Table:
             Text(status.phase.value, style=_COLOURS.get(status.phase, "yellow")),
             f"{max(0.0, now_s - status.since_unix_s):.0f} s",
             str(status.epoch),
-            status.detail,
+            Text(status.detail),  # an engine's words, whose brackets are not rich's
         )
     return made
 
