@@ -33,6 +33,12 @@ class ModelConfig(_Frozen):
     loras: dict[Annotated[str, Field(min_length=1)], str] = {}
     """LoRA adapters: the name clients send as `model`, and the adapter's folder."""
 
+    @model_validator(mode="after")
+    def _check_loras(self) -> ModelConfig:
+        if self.name in self.loras:
+            raise ValueError(f"loras.{self.name}: the model itself has this name; give the adapter another")
+        return self
+
     @property
     def folder(self) -> Path:
         return Path(self.path).expanduser()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from enum import StrEnum
 from typing import Annotated
@@ -97,11 +98,12 @@ def main(
     port: Annotated[int | None, typer.Option(help="Which `up`, if several have that name.")] = None,
 ) -> None:
     """Pause, resume, sleep, wake or give new weights to the workers of what runs; exit code 5 if some did not."""
-    from dynamo_ray.cli import serving
-
     command = command_of(order, path, abort, discard_weights)
     if address is None:
         address = _address_of(application, port)
+    from dynamo_ray.cli import serving  # Ray reads what it needs to join another one when it is imported
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with serving.driver(address):
         for name in control(application, command, worker):
             typer.echo(f"{name}: {order} done")

@@ -27,7 +27,7 @@ _MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "s
 _STATUSES = {
     "400": "A field is wrong; `param` names it",
     "401": "No valid API key",
-    "404": "Another model than the one served",
+    "404": "Neither the model served nor one of its adapters",
     "413": "The body is too large",
     "429": "Every worker is full; see Retry-After",
     "502": "The workers of this request were lost, and so were those it was moved to",
@@ -46,8 +46,8 @@ def document(model: str) -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": {"post": _generating("The assistant's next message", "ChatBody")},
             "/v1/completions": {"post": _generating("A continuation of each prompt", "CompletionBody")},
-            "/v1/models": {"get": _plain("The model served")},
-            "/v1/models/{model}": {"get": {**_plain("The model served"), "parameters": [_MODEL]}},
+            "/v1/models": {"get": _plain("The model served, and its adapters")},
+            "/v1/models/{model}": {"get": {**_plain("One of them"), "parameters": [_MODEL]}},
             "/health": {"get": _plain("This process is alive")},
             "/ready": {"get": _plain("Requests can be served; 503 with the reason while they cannot")},
             "/metrics": {"get": _plain("Prometheus metrics")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -140,16 +141,23 @@ def schema_text(schema: Any, field: str) -> str:
         schema = {}  # the same by definition, and every engine takes it
     if not isinstance(schema, dict):
         raise InvalidRequest(f"{field}: a JSON Schema is an object, or true", field)
-    if _is_deeper(schema, MAX_DEPTH):
-        raise InvalidRequest(f"{field}: nested more than {MAX_DEPTH} deep; use $defs and $ref", field)
-    return msgspec.json.encode(schema).decode()
+    _check_shape(schema, field)
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
 
 
-def _is_deeper(value: Any, limit: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return limit == 0 or any(_is_deeper(item, limit - 1) for item in inner)
+def _check_shape(schema: dict[str, Any], field: str) -> None:
+    """Level by level, and no further than a schema of the right size goes."""
+    level: list[dict[str, Any] | list[Any]] = [schema]
+    depth = num_values = 0
+    while level:
+        depth += 1
+        num_values += sum(map(len, level))
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"{field}: nested more than {MAX_DEPTH} deep; use $defs and $ref", field)
+        if num_values > MAX_BYTES:
+            raise InvalidRequest(f"{field}: has more than {MAX_BYTES} bytes", field)
+        inner = [value for values in level for value in (values.values() if isinstance(values, dict) else values)]
+        level = [value for value in inner if isinstance(value, dict | list)]
 
 
 def _check_text(structure: Structure, field: str) -> None:

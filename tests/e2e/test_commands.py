@@ -259,6 +259,7 @@ for _ in range(2):
     before = environment()
     with up(sys.argv[1], port=int(sys.argv[2])) as deployment:
         print([status.phase.value for status in deployment.statuses()])
+        subprocess.run([sys.argv[3], "control", "local-sim", "resume"], check=True, stdout=subprocess.DEVNULL)
         assert environment() == before
         other = subprocess.Popen(["sleep", "60"])
     assert other.poll() is None, "ended with the deployment, though the user started it"
@@ -270,7 +271,7 @@ for _ in range(2):
 def test_one_python_process_serves_twice_with_ray_s_authentication_on() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", TWICE, str(SIM), str(free_port())],
+        [sys.executable, "-c", TWICE, str(SIM), str(free_port()), str(BIN / "dynamo-ray")],
         cwd=ROOT,
         capture_output=True,
         text=True,

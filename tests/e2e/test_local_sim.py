@@ -147,6 +147,8 @@ def test_a_second_turn_goes_where_the_first_one_is(client: openai.OpenAI) -> Non
         ({"prompt": "x", "top_p": 1.5}, "top_p"),
         ({"prompt": "x", "colour": "blue"}, "colour"),
         ({"prompt": "x" * 20_000, "max_tokens": 1}, "prompt"),
+        ({"prompt": "x", "regex": "a+"}, "regex"),  # what the simulated engine has not
+        ({"prompt": "x", "min_p": 0.1}, "min_p"),
     ],
 )
 def test_bad_values_are_400_and_name_the_field(deployment: Deployment, body: dict[str, object], field: str) -> None:
@@ -174,6 +176,31 @@ def test_the_other_endpoints_answer(deployment: Deployment) -> None:
     assert json.loads(deployment.get("/v1/models")[1])["data"][0]["id"] == MODEL
     assert "/v1/chat/completions" in json.loads(deployment.get("/openapi.json")[1])["paths"]
     assert "dynamo_ray_" in deployment.get("/metrics")[1]
+
+
+def _control(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "dynamo-ray"), "control", "local-sim", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_paused_workers_are_503_until_they_are_resumed_and_new_weights_answer_otherwise(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    body = {"model": MODEL, "prompt": "abc", "max_tokens": 20, "temperature": 0}
+    old = deployment.complete("abc", max_tokens=20, temperature=0)["choices"][0]["text"]
+    assert _control("pause", "--worker", "decode").returncode == 0
+    status, answer = deployment.post("/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (503, "not_ready")
+    assert "decode-1 is paused" in answer["error"]["message"]
+    assert _control("resume").returncode == 0
+    assert deployment.complete("abc", max_tokens=20, temperature=0)["choices"][0]["text"] == old
+    missing = _control("update-weights", "--path", str(tmp_path / "missing"))
+    assert (missing.returncode, missing.stderr.count("there is no folder")) == (5, 4)
+    done = _control("update-weights", "--path", str(tmp_path))
+    assert done.stdout.splitlines() == [
+        f"{worker}: update-weights done" for worker in ("prefill-0", "prefill-1", "decode-0", "decode-1")
+    ]
+    assert deployment.complete("abc", max_tokens=20, temperature=0)["choices"][0]["text"] != old
 
 
 def test_many_short_requests_in_parallel_leave_nothing_behind(deployment: Deployment) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from backends.engine import Role
 from dynamo_ray import config_file
+from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError, Problem
 
 GOOD = """\
@@ -65,6 +69,7 @@ def test_a_good_file_has_no_problems_and_one_application(tmp_path: Path) -> None
             6,
             "did you mean `max_retries`?",
         ),
+        ("path: /m", "path: /m, loras: {m: /x}", "applications[0].args.model", 5, "loras.m: the model itself"),
         (
             "replicas: 2",
             "resources: {memory_gib: .inf}",
@@ -93,6 +98,34 @@ def test_what_we_own_of_an_engine_may_not_be_set(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, text)
     assert problem.field.endswith("engine_args.tensor_parallel_size")
     assert "parallelism.attn_tp" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        ("simulated", "aggregated.launcher: simulated starts by processes; leave it out"),
+        ("vllm", "aggregated.launcher: vllm starts by processes; leave it out"),
+        ("sglang", None),
+        ("trtllm", None),
+    ],
+)
+def test_ranks_start_as_ray_actors_only_where_the_engine_can(backend: str, said: str | None) -> None:
+    given = {"model": {"name": "m", "path": "/m"}, "backend": backend, "aggregated": {"launcher": "ray"}}
+    if said is None:
+        assert DeploymentConfig.model_validate(given).launcher(Role.AGGREGATED) == "ray"
+    else:
+        with pytest.raises(ValidationError, match=re.escape(said)):
+            DeploymentConfig.model_validate(given)
+
+
+def test_how_ranks_start_follows_from_the_engine_where_it_is_not_said() -> None:
+    decode = {"launcher": "processes"}
+    given = {"model": {"name": "m", "path": "/m"}, "prefill": {}, "decode": decode}
+    assert DeploymentConfig.model_validate({**given, "backend": "sglang"}).launcher(Role.PREFILL) == "processes"
+    with pytest.raises(ValidationError, match=r"decode\.launcher: trtllm starts by ray; leave it out"):
+        DeploymentConfig.model_validate({**given, "backend": "trtllm"})
+    decode.clear()
+    assert DeploymentConfig.model_validate({**given, "backend": "trtllm"}).launcher(Role.DECODE) == "ray"
 
 
 def test_args_that_are_no_mapping_are_said(tmp_path: Path) -> None:

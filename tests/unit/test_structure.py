@@ -88,6 +88,8 @@ def nested(depth: int) -> dict[str, Any]:
         (json_schema(False), AT, "nothing matches"),
         (json_schema(nested(MAX_DEPTH + 1)), AT, "deep"),
         (json_schema({"enum": ["x" * MAX_BYTES]}), AT, "bytes"),
+        (json_schema({"enum": [0] * (MAX_BYTES + 1)}), AT, "bytes"),
+        (json_schema({"enum": [{}] * (MAX_BYTES + 1)}), AT, "bytes"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not JSON"),
         ({"structured_outputs": {"json": "3"}}, "structured_outputs.json", "object"),
         ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice", "not known"),
@@ -114,6 +116,12 @@ def test_the_largest_schemas_are_taken() -> None:
     found = parse(json_schema({"enum": ["x" * (MAX_BYTES - around)]}))
     assert found is not None
     assert len(found.structure.value) == MAX_BYTES
+
+
+def test_numbers_beyond_64_bits_and_other_alphabets_survive() -> None:
+    found = parse(json_schema({"maximum": 2**70, "title": "größer"}))
+    assert found is not None
+    assert found.structure.value == '{"maximum":1180591620717411303424,"title":"größer"}'
 
 
 def test_what_an_engine_finds_fault_with_has_the_clients_name_for_it() -> None:
