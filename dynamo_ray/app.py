@@ -8,7 +8,7 @@ import os
 
 from ray import serve
 
-from dynamo_ray import models
+from dynamo_ray import config_file, models
 from dynamo_ray.cluster import orchestrator
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request import ingress
@@ -23,8 +23,10 @@ def build(args: DeploymentConfig) -> serve.Application:
     """The ingress in front of an orchestrator that starts the workers; `args` is what stands under `args:`.
 
     Raises:
+        ConfigError: Its engines would not take the arguments they are given.
         ModelError: The model is one that a command makes, and is not there; names the command.
     """
+    config_file.check_engines(args)
     key = models.key_of(args.model.folder)
     if key is not None and not args.model.folder.is_dir():
         raise models.ModelError(f"{args.model.folder} is missing; make it with `dynamo-ray model {key}`")

@@ -155,6 +155,17 @@ def check_args(document: Document, path: Place, args: dict[str, Any]) -> tuple[D
     return config, _engine_problems(document, path, config)
 
 
+def check_engines(config: DeploymentConfig) -> None:
+    """Refuse what its engines would not take, for a configuration that is from no file of ours.
+
+    Raises:
+        ConfigError: Every mistake, with its field under `args`.
+    """
+    problems = _engine_problems(Document(None, {}), (), config)
+    if problems:
+        raise ConfigError(tuple(problems))
+
+
 def _engine_problems(document: Document, path: Place, config: DeploymentConfig) -> list[Problem]:
     """What the engines would not take: the user's own arguments, then all that follows from the configuration."""
     try:

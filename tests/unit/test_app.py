@@ -8,6 +8,7 @@ import pytest
 
 from dynamo_ray import app, models
 from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.errors import ConfigError
 
 
 def test_a_model_that_a_command_makes_is_missed_with_that_command(
@@ -25,3 +26,10 @@ def test_an_ingress_that_is_ended_has_as_long_as_its_workers_drain() -> None:
     config = DeploymentConfig.model_validate({**given, "limits": {"drain_timeout_s": 300.0}})
     built = app.build(config)
     assert built._bound_deployment._deployment_config.graceful_shutdown_timeout_s > 300.0
+
+
+def test_what_an_engine_would_not_take_is_refused_before_anything_is_deployed() -> None:
+    role = {"engine_args": {"blok_size": 32}}
+    given = {"model": {"name": "m", "path": "/m"}, "backend": "vllm", "engine_version": "0.32.0", "aggregated": role}
+    with pytest.raises(ConfigError, match=r"^aggregated\.engine_args\.blok_size: .*'block_size'"):
+        app.build(DeploymentConfig.model_validate(given))
