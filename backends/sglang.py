@@ -146,6 +146,7 @@ class SGLangEngine:
         except ImportError as error:
             raise EngineStartError(f"the sglang backend needs the package {error.name!r}") from error
         self._version = arguments.check_installed("sglang", self.spec.version, sglang.__version__)
+        arguments.check("sglang", self._version, self.spec.engine_args, sglang_args.OWNED)
         self.spec = spec = _with_ports(self.spec)
         check_model(spec)
         if self._is_empty:

@@ -122,6 +122,8 @@ class _Rank:
             async with asyncio.timeout(REPLAY_TIMEOUT_S):
                 while True:
                     _, *frames = await socket.recv_multipart()
+                    if len(frames) == 2:  # SGLang 0.5.16 replays without the topic (disaggregation/kv_events.py).
+                        frames.insert(0, b"")
                     if frames[1] == END_OF_REPLAY:
                         return taken
                     batch = self._decoded(frames)

@@ -6,10 +6,11 @@ import gc
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import pytest_asyncio
-from engines import Site, running, spec
+from engines import KINDS, ROLES, Site, running, spec
 
 from backends.engine import Role
 
@@ -23,28 +24,59 @@ def what_a_failed_start_left_is_collected() -> Iterator[None]:
         gc.collect()
 
 
-async def _site(backend: str) -> AsyncIterator[Site]:
+async def _site(backend: str, **fields: Any) -> AsyncIterator[Site]:
     async with AsyncExitStack() as stack:
-        engines, infos = {}, {}
-        for role in (Role.AGGREGATED, Role.PREFILL, Role.DECODE):
-            engines[role], infos[role] = await stack.enter_async_context(running(spec(backend, role), backend))
+        engines: dict[Role, Any] = dict.fromkeys(Role)
+        infos = {}
+        for role in ROLES:
+            engines[role], infos[role] = await stack.enter_async_context(
+                running(spec(backend, role, **fields), backend)
+            )
         yield Site(backend, engines[Role.AGGREGATED], engines[Role.PREFILL], engines[Role.DECODE], infos)
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def simulated_site() -> AsyncIterator[Site]:
-    async for site in _site("simulated"):
-        yield site
+def _site_of(backend: str) -> Any:
+    @pytest_asyncio.fixture(scope="session", loop_scope="session", name=f"{backend}_site")
+    async def site_of_kind() -> AsyncIterator[Site]:
+        async for site in _site(backend):
+            yield site
+
+    return site_of_kind
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def vllm_site() -> AsyncIterator[Site]:
-    """SmolLM2-135M-Instruct in fp32, in which batching does not change greedy answers."""
-    async for site in _site("vllm"):
-        yield site
+for _backend in KINDS:
+    globals()[f"{_backend}_site"] = _site_of(_backend)
 
 
-@pytest.fixture(params=["simulated", "vllm"])
+@pytest.fixture(params=KINDS)
 def site(request: pytest.FixtureRequest) -> Site:
+    """Every kind of engine in turn."""
     made: Site = request.getfixturevalue(f"{request.param}_site")
     return made
+
+
+@pytest.fixture
+def pair(site: Site) -> Site:
+    """The same, where there are engines that hand over."""
+    return _with_pair(site)
+
+
+@pytest_asyncio.fixture(
+    params=[name for name, kind in KINDS.items() if kind.several_ranks], scope="session", loop_scope="session"
+)
+async def wide_site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
+    """Engines of two attention DP ranks each."""
+    async for made in _site(request.param, attn_dp=2, moe_ep=2):
+        yield made
+
+
+@pytest.fixture
+def wide_pair(wide_site: Site) -> Site:
+    """The same, where there are engines that hand over."""
+    return _with_pair(wide_site)
+
+
+def _with_pair(site: Site) -> Site:
+    if Role.PREFILL not in site.infos:
+        pytest.skip("only aggregated engines are started here")
+    return site

@@ -1,0 +1,168 @@
+"""Reads from SGLang's source, without importing it, what its double must look like.
+
+    python tests/support/record_sglang.py SITE_PACKAGES... > tests/contract/recorded/sglang_signatures.json
+
+Each SITE_PACKAGES is a folder in which one version of the wheel was unpacked (`pip install --no-deps --target`).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CALLED: dict[str, tuple[str, ...]] = {
+    "srt/entrypoints/engine.py": ("Engine.__init__", "Engine.get_all_child_pids", "Engine.shutdown"),
+    "srt/managers/scheduler.py": ("run_scheduler_process",),
+    "srt/managers/detokenizer_manager.py": ("run_detokenizer_process",),
+    "srt/managers/data_parallel_controller.py": ("run_data_parallel_controller_process",),
+    "srt/managers/tokenizer_manager.py": (
+        "TokenizerManager.__init__",
+        "TokenizerManager.generate_request",
+        "TokenizerManager.abort_request",
+        "TokenizerManager.auto_create_handle_loop",
+        "TokenizerManager.pause_generation",
+        "TokenizerManager.continue_generation",
+        "TokenizerManager.update_weights_from_disk",
+    ),
+    "srt/managers/tokenizer_control_mixin.py": (
+        "TokenizerControlMixin.release_memory_occupation",
+        "TokenizerControlMixin.resume_memory_occupation",
+    ),
+}
+"""Functions, by the file that defines them."""
+FIELDS: dict[str, tuple[str, ...]] = {
+    "srt/managers/io_struct.py": (
+        "GenerateReqInput",
+        "PauseGenerationReqInput",
+        "ContinueGenerationReqInput",
+        "UpdateWeightFromDiskReqInput",
+        "ReleaseMemoryOccupationReqInput",
+        "ResumeMemoryOccupationReqInput",
+    ),
+    "srt/managers/load_snapshot.py": ("LoadSnapshot", "DisaggregationMetrics"),
+    "srt/sampling/sampling_params.py": ("SamplingParams",),
+    "srt/disaggregation/kv_events.py": (
+        "EventBatch",
+        "KVCacheEvent",
+        "BlockStored",
+        "BlockRemoved",
+        "AllBlocksCleared",
+        "KVEventsConfig",
+    ),
+    "srt/server_args.py": ("ServerArgs", "PortArgs"),
+}
+"""Classes whose fields are data."""
+
+
+def record(package: Path) -> dict[str, Any]:
+    """Of one unpacked version; `package` is its folder `sglang`."""
+    functions, fields, options = {}, {}, {}
+    for path, names in CALLED.items():
+        tree = _parse(package / path)
+        functions |= {name: _signature(_find(tree, name)) for name in names if _find(tree, name) is not None}
+    for path, names in FIELDS.items():
+        tree = _parse(package / path)
+        for name in names:
+            node = _find(tree, name)
+            assert isinstance(node, ast.ClassDef), name
+            fields[name] = _fields(node)
+            options[name] = sorted(k.arg for k in node.keywords if k.arg and getattr(k.value, "value", None) is True)
+    for group in sorted((package / "srt/arg_groups/fields").glob("*.py")):
+        fields["ServerArgs"] += [each for node in _classes(_parse(group)) for each in _fields(node)]
+    fields["ServerArgs"] = sorted({name for name in fields["ServerArgs"] if not name.startswith("_")})
+    manager = _parse(package / "srt/managers/tokenizer_manager.py")
+    batch = _find(manager, "TokenizerManager._handle_batch_output")
+    return {
+        "functions": functions,
+        "fields": fields,
+        "class_options": {name: given for name, given in options.items() if given},
+        "manager_attributes": sorted(_assigned(_find(manager, "TokenizerManager"))),
+        "engine_attributes": sorted(_assigned(_find(_parse(package / "srt/entrypoints/engine.py"), "Engine"))),
+        "request_state": _fields(_find(manager, "ReqState")),
+        "meta_info_keys": sorted(_keys_of_meta_info(batch)),
+        "fake_bootstrap_host": _constant(_parse(package / "srt/disaggregation/utils.py"), "FAKE_BOOTSTRAP_HOST"),
+    }
+
+
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def _classes(tree: ast.AST) -> list[ast.ClassDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def _find(tree: ast.AST, name: str) -> Any:
+    """A function, a class, or a class's function."""
+    head, _, rest = name.partition(".")
+    for node in ast.iter_child_nodes(tree):
+        if getattr(node, "name", None) == head:
+            return _find(node, rest) if rest else node
+    return None
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[list[Any]]:
+    """[name, kind, whether it has a default] each."""
+    args = node.args
+    positional = [*args.posonlyargs, *args.args]
+    first_default = len(positional) - len(args.defaults)
+    made: list[list[Any]] = [[arg.arg, "positional", i >= first_default] for i, arg in enumerate(positional)]
+    made += [
+        [arg.arg, "keyword", default is not None]
+        for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    ]
+    return made + ([[args.kwarg.arg, "rest", True]] if args.kwarg else [])
+
+
+def _fields(node: ast.ClassDef) -> list[str]:
+    return [
+        each.target.id for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    ]
+
+
+def _assigned(node: ast.ClassDef) -> Iterator[str]:
+    """Attributes that its functions give it."""
+    seen = set()
+    for each in ast.walk(node):
+        if (
+            isinstance(each, ast.Attribute)
+            and isinstance(each.ctx, ast.Store)
+            and getattr(each.value, "id", "") == "self"
+        ):
+            seen.add(each.attr)
+    return iter(seen)
+
+
+def _keys_of_meta_info(node: ast.AST) -> Iterator[str]:
+    """Keys of the dictionaries that are meta_info or are merged into it."""
+    for each in ast.walk(node):
+        target = getattr(each, "targets", [None])[0]
+        if isinstance(target, ast.Name) and target.id == "meta_info" and isinstance(each.value, ast.Dict):
+            yield from (key.value for key in each.value.keys)
+        is_item = isinstance(target, ast.Subscript) and getattr(target.value, "id", "") == "meta_info"
+        if is_item and isinstance(target.slice, ast.Constant):
+            yield target.slice.value
+        if isinstance(each, ast.Call) and ast.unparse(each.func) == "meta_info.update":
+            yield from (key.value for arg in each.args if isinstance(arg, ast.Dict) for key in arg.keys)
+
+
+def _constant(tree: ast.Module, name: str) -> Any:
+    return next(
+        node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name
+    )
+
+
+def _version(site: Path) -> str:
+    (metadata,) = site.glob("sglang-*.dist-info")
+    return metadata.name.removeprefix("sglang-").removesuffix(".dist-info")
+
+
+if __name__ == "__main__":
+    recorded = {_version(Path(site)): record(Path(site) / "sglang") for site in sys.argv[1:]}
+    print(json.dumps(recorded, indent=None, separators=(",", ":"), sort_keys=True))
