@@ -86,7 +86,8 @@ def _on(topology: str, config: DeploymentConfig, path: str) -> tuple[Launch, ...
 def _shown(found: Flags, launch: Launch) -> str:
     replicas = found.config.roles[launch.role].replicas
     alike = "" if found.placed or replicas == 1 else f"; {replicas} workers are alike"
-    lines = [f"# {launch.worker}, node {launch.node_rank} of {launch.num_nodes}{alike}"]
+    actors = "; starts its ranks on all of them as Ray actors" if found.config.launcher(launch.role) == "ray" else ""
+    lines = [f"# {launch.worker}, node {launch.node_rank} of {launch.num_nodes}{actors}{alike}"]
     if not launch.plan.command:
         return "\n".join([*lines, f"# simulated, in its worker's process: {dict(launch.plan.arguments)}"])
     lines += [f"{name}={shlex.quote(value)} \\" for name, value in launch.plan.environment.items()]

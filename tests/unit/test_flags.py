@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from backends import LaunchPlan, agreement, placeholders
+from backends import LaunchPlan, agreement, arguments, launch_plan, placeholders
+from backends.engine import LaunchSpec, NodePlace, Role
 from dynamo_ray.cli import flags as printing
 from dynamo_ray.cli.flags import Flags
 from dynamo_ray.errors import ConfigError
 
+ADAPTERS = [
+    (backend, version)
+    for backend, versions in arguments.SUPPORTED.items()
+    for version in versions
+    if importlib.util.find_spec(f"backends.{backend}_args")
+]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -29,6 +39,16 @@ def test_every_node_has_its_own_rank_and_all_have_one_leader() -> None:
         assert words[words.index("--host") + 1] == f"<node-{launch.node_rank}>"
         assert words[words.index("--dist-init-addr") + 1] == "<node-0>:<port+0>"
         assert words[words.index("--nccl-port") + 1] == "<port+8>"
+
+
+def test_an_engine_that_starts_its_ranks_as_ray_actors_starts_on_its_leader_alone(tmp_path: Path) -> None:
+    document = yaml.safe_load((CONFIGS / "deepseek-r1-wideep.yaml").read_text())
+    document["applications"][0]["args"]["decode"]["launcher"] = "ray"
+    changed = tmp_path / "ray.yaml"
+    changed.write_text(yaml.safe_dump(document))
+    (found,) = printing.flags(changed, None)
+    assert [launch.worker for launch in found.launches] == ["prefill-0"] * 4 + ["decode-0"]
+    assert "# decode-0, node 0 of 9; starts its ranks on all of them as Ray actors" in printing.text(found)
 
 
 def test_on_a_topology_the_nodes_have_their_planned_addresses() -> None:
@@ -79,6 +99,21 @@ def test_a_port_that_is_not_known_counts_like_a_number_and_reads_as_what_it_is()
     port = placeholders.place(0).ports[16] - 8
     assert f"{port + 3}" == str(port + 3) == "<port+11>"
     assert placeholders.written({"a": [port], "b": (port, 7)}) == {"a": ["<port+8>"], "b": ["<port+8>", 7]}
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize(("backend", "version"), ADAPTERS)
+def test_what_an_adapter_starts_is_all_in_the_table_of_its_version(
+    backend: str, version: str, on_cpu: bool, role: Role
+) -> None:
+    place = NodePlace("10.0.0.7", tuple(range(20_000, 20_100)))
+    wide = LaunchSpec("w", role, "m", "/m", attn_dp=2, moe_ep=2, nodes=(place,), loras={"sql": "/l"}, version=version)
+    for spec in (wide, replace(wide, attn_dp=1, attn_tp=2, kv_events=False, loras={})):
+        launched = launch_plan(backend, version, spec, on_cpu=on_cpu, env={"MINE": "1"})
+        assert arguments.mistakes(backend, version, launched.arguments, {}) == ()
+        assert len(launched.command) > 3
+        assert launched.environment["MINE"] == "1"
 
 
 @pytest.mark.parametrize(
