@@ -203,6 +203,8 @@ def reason_of(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return str(cause) or repr(cause)
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "Ray ended its process: its node was nearly out of memory; see resources.memory_gib"
     if isinstance(error, ray.exceptions.RayActorError):
         return "its process died"
     return (str(error) or repr(error)).strip().splitlines()[-1]

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -159,8 +159,9 @@ class EngineNode:
         assert self._engine is not None
         with border():
             reason = await self._engine.died()
-            lines = self._last_lines()[-NUM_LAST_LINES:]
-            return explain(lines, self._backend, self._role).message(reason) if lines else reason
+            failure = explain([*self._last_lines()[-NUM_LAST_LINES:], reason], self._backend, self._role)
+        quoted = failure.lines[:-1]  # the reason itself comes first
+        return replace(failure, lines=quoted).message(reason) if quoted or failure.cause else reason
 
     async def renew(self) -> None:
         """An orchestrator is there; raises EngineError when the engine is not healthy."""

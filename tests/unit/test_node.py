@@ -7,6 +7,7 @@ import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
+import ray
 
 import backends
 from backends.engine import (
@@ -22,6 +23,7 @@ from backends.engine import (
     TokenChunk,
 )
 from backends.failures import Failure
+from dynamo_ray.cluster import gang
 from dynamo_ray.cluster import node as nodes
 from dynamo_ray.cluster.node import Assignment, EngineNode
 from dynamo_ray.simulator import clock
@@ -57,6 +59,7 @@ class BrokenEngine:
     def __init__(self, where: str, error: BaseException, lines: tuple[str, ...] = ()) -> None:
         self.where, self.error, self.lines = where, error, lines
         self.num_stops = 0
+        self.ending = "exited with code 1"
 
     def _fail(self, where: str) -> None:
         if where == self.where:
@@ -86,7 +89,7 @@ class BrokenEngine:
 
     async def died(self) -> str:
         self._fail("died")
-        return "scheduler 1 (pid 7) exited with code 1"
+        return f"scheduler 1 (pid 7) {self.ending}"
 
     async def control(self, command: Command) -> None: ...
 
@@ -210,14 +213,28 @@ def test_a_start_that_takes_too_long_is_told_by_its_last_lines(monkeypatch: pyte
 
 
 def test_a_death_is_told_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main(lines: tuple[str, ...]) -> str:
-        node = node_of(BrokenEngine("", RuntimeError(), lines), monkeypatch)
+    async def main(lines: tuple[str, ...], ending: str = "exited with code 1") -> str:
+        engine = BrokenEngine("", RuntimeError(), lines)
+        engine.ending = ending
+        node = node_of(engine, monkeypatch)
         await start(node)
         return await node.sentinel()
 
     assert clock.run(main(())) == "scheduler 1 (pid 7) exited with code 1"
     told = clock.run(main(("torch.AcceleratorError: CUDA error: out of memory",)))
     assert told.startswith("scheduler 1 (pid 7) exited with code 1: the GPU's memory is full; lower decode.")
+    assert told.endswith("Its last lines: torch.AcceleratorError: CUDA error: out of memory")
+    killed = clock.run(main(("a step took 20 ms",), "was killed by SIGKILL"))
+    assert "decode.resources.memory_gib" in killed
+    assert killed.endswith("Its last lines: a step took 20 ms")
+
+
+def test_why_an_actor_ended_is_one_line_without_ray_s_advice() -> None:
+    evicted = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nRefer to ...")
+    assert gang.reason_of(evicted) == (
+        "Ray ended its process: its node was nearly out of memory; see resources.memory_gib"
+    )
+    assert gang.reason_of(ray.exceptions.ActorDiedError()) == "its process died"
 
 
 def test_a_node_beside_the_first_serves_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
