@@ -15,6 +15,8 @@ from dynamo_ray.errors import ConfigError, ControlError, PreflightError, Problem
 
 TIMEOUT_S = 1800.0
 """Terabytes of weights may have to be read."""
+ANSWER_MARGIN_S = 30.0
+"""Beyond that, to be told which nodes took too long."""
 
 
 def control(app: str, command: Command, worker: str | None = None, *, timeout_s: float = TIMEOUT_S) -> tuple[str, ...]:
@@ -26,6 +28,7 @@ def control(app: str, command: Command, worker: str | None = None, *, timeout_s:
     Args:
         app: the application's name.
         worker: as in `decode-0`, or a role, for all of its workers; None: every worker.
+        timeout_s: how long a node may take.
 
     Raises:
         ControlError: Some have not, or there is no such application or worker; says which and why. A worker that has
@@ -40,9 +43,12 @@ def control(app: str, command: Command, worker: str | None = None, *, timeout_s:
 
     try:
         handle = serve.get_deployment_handle(ORCHESTRATOR, app)
-        answers: dict[str, str | None] = handle.control.remote(command, worker).result(timeout_s=timeout_s)
+        answering = handle.control.remote(command, worker, timeout_s)
+        answers: dict[str, str | None] = answering.result(timeout_s=timeout_s + ANSWER_MARGIN_S)
     except TimeoutError:
-        raise ControlError({app: f"no answer within {timeout_s:g} s; it may still be at it"}) from None
+        raise ControlError(
+            {app: f"no answer within {timeout_s + ANSWER_MARGIN_S:g} s; an earlier command may still be at it"}
+        ) from None
     except (KeyError, RayServeException, ray.exceptions.RayError) as error:
         raise ControlError({app: f"its orchestrator does not answer: {reason_of(error)}"}) from error
     if not answers:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from backends.engine import Command
 from dynamo_ray.cluster import gang as gangs
-from dynamo_ray.cluster.commands import CommandError
+from dynamo_ray.cluster.commands import Teller
 from dynamo_ray.cluster.gang import Gang, group_name
 from dynamo_ray.cluster.lifecycle import (
     Adopted,
@@ -49,7 +49,7 @@ class Fleet:
         self._reservations: dict[str, Reservation] = {}
         self._starts: dict[str, asyncio.Task[Started | Died | GroupLost]] = {}
         self._reserving = asyncio.Lock()
-        self._controls = {worker: asyncio.Lock() for worker in self.works}
+        self._controlling = asyncio.Lock()
 
     async def adopt(self) -> list[Adopted]:
         """Keep the whole gangs that still match; drain and end every other actor and group of this application."""
@@ -126,21 +126,14 @@ class Fleet:
             await gang.drain(self._config.limits.drain_timeout_s)
         return Drained(worker, epoch)
 
-    async def control(self, command: Command, target: str | None) -> dict[str, str | None]:
+    async def control(self, command: Command, target: str | None, limit_s: float) -> dict[str, str | None]:
         """Carry a command out on a worker, on a role's workers, or on all; why it failed, by worker."""
         workers = [worker for worker, work in self.works.items() if target in (None, worker, work.role)]
-        answers = await asyncio.gather(*(self._control(worker, command) for worker in workers))
-        return dict(zip(workers, answers, strict=True))
-
-    async def _control(self, worker: str, command: Command) -> str | None:
-        async with self._controls[worker]:  # one after the other: each must see what the one before made of it
-            if worker not in self.gangs:
-                return "it does not run; when it starts, it takes requests, with the configuration's weights"
-            try:
-                await self.gangs[worker].control(command)
-            except CommandError as error:
-                return str(error)
-        return None
+        async with self._controlling:  # one after the other: each must see what the one before made of it
+            nodes = {worker: self.gangs[worker].nodes for worker in workers if worker in self.gangs}
+            answers = await Teller(limit_s, gangs.reason_of).carry_out(command, nodes)
+        away = "it does not run; when it starts, it takes requests, with the configuration's weights"
+        return {worker: answers.get(worker, away) for worker in workers}
 
     async def kill(self, worker: str, epoch: int) -> Gone:
         starting = self._starts.pop(worker, None)

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from backends.engine import Command, NodePlace
 from backends.failures import Failure, engine_name
 from dynamo_ray.cluster import processes, workload
-from dynamo_ray.cluster.commands import Hold, carry_out
+from dynamo_ray.cluster.commands import Hold, Node
 from dynamo_ray.cluster.node import Assignment, Description, EngineNode
 from dynamo_ray.cluster.workload import Work
 from dynamo_ray.config import DeploymentConfig
@@ -83,9 +83,10 @@ class Gang:
                 return reason_of(answer)
         return None
 
-    async def control(self, command: Command) -> None:
-        """Carry a command out on all of its nodes; raises CommandError."""
-        await carry_out(command, [_Remote(actor) for actor in self.actors], reason_of)
+    @property
+    def nodes(self) -> list[Node]:
+        """As commands are given to them."""
+        return [_Remote(actor) for actor in self.actors]
 
     async def drain(self, timeout_s: float) -> None:
         """Have it refuse new requests and finish those inside; returns then, or when its time is over."""

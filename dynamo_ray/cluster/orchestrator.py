@@ -113,12 +113,12 @@ class Orchestrator:
     async def status(self) -> list[WorkerStatus]:
         return list(self._supervisor.statuses())
 
-    async def control(self, command: Command, target: str | None = None) -> dict[str, str | None]:
+    async def control(self, command: Command, target: str | None, limit_s: float) -> dict[str, str | None]:
         """Carry a command out on a worker, on a role's workers, or on all; None, or why it failed, by worker.
 
         Empty where there is no such worker or role.
         """
-        return await self._fleet.control(command, target)
+        return await self._fleet.control(command, target, limit_s)
 
     async def __del__(self) -> None:
         """End everything if the application is being deleted; leave everything if only this replica is replaced."""

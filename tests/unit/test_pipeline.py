@@ -26,7 +26,7 @@ from backends.engine import (
 )
 from backends.kv_events import BlockStored, KVEventBatch
 from backends.simulated import SimulatedEngine
-from dynamo_ray.cluster.commands import CommandError, Hold, carry_out
+from dynamo_ray.cluster.commands import Hold, Teller
 from dynamo_ray.cluster.worker import WorkerServer
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ClientTooSlow, DeadlineExceeded, InvalidRequest, NotReady, Overloaded, WorkerLost
@@ -97,10 +97,11 @@ class Cluster:
             await self._changed.wait()
         return Membership(self._version, SECRET, tuple(node.info for node in self.nodes.values()), ())
 
-    async def control(self, command: Command, *workers: str) -> None:
-        for worker in workers or self.nodes:
-            await carry_out(command, [self.nodes[worker]])
+    async def control(self, command: Command, *workers: str) -> dict[str, str | None]:
+        nodes = {worker: [self.nodes[worker]] for worker in workers or self.nodes}
+        answers = await Teller(limit_s=60.0).carry_out(command, nodes)
         await asyncio.sleep(0.001)  # the heartbeats are on their way
+        return answers
 
     def held_blocks(self) -> int:
         return sum(load.kv_used_blocks for node in self.nodes.values() for load in node.engine.load())
@@ -664,8 +665,10 @@ def test_weights_that_cannot_be_loaded_leave_everything_as_it_was(tmp_path: Path
     async def main() -> None:
         async with cluster(prefill=0) as made:
             old = await collect(made, generation())
-            with pytest.raises(CommandError, match="node 0: there is no folder"):
-                await made.control(UpdateWeights(str(tmp_path / "missing")))
+            missing = tmp_path / "missing"
+            assert await made.control(UpdateWeights(str(missing))) == {
+                "decode-0": f"node 0: there is no folder {missing}"
+            }
             assert await collect(made, generation()) == old
             await made.settle()
 
