@@ -40,9 +40,11 @@ def test_a_table_says_where_it_is_from_and_names_only_what_it_has(backend: str, 
     assert read.renamed.keys().isdisjoint(read.fields)
     assert read.removed.keys().isdisjoint(read.fields)
     for new in read.renamed.values():
-        outer, _, inner_name = new.partition(".")
-        assert outer in read.fields
-        assert not inner_name or inner_name in read.nested[alternatives(read.fields[outer].type)[0]]
+        fields = read.fields
+        *outer, last = new.split(".")
+        for name in outer:
+            fields = read.nested[alternatives(fields[name].type)[0]]
+        assert last in fields
 
 
 @pytest.mark.parametrize("backend", [name for name in SUPPORTED if importlib.util.find_spec(f"backends.{name}_args")])
@@ -132,6 +134,10 @@ def test_nested_models_of_tensorrt_llm_are_checked_by_version(
     ("args", "said"),
     [
         ({"eplb_config": {"num_redundant_experts": 32}, "enable_eplb": True, "all2all_backend": "deepep_v2"}, None),
+        (
+            {"compilation_config": {"pass_config": {"enable_noop": True}}},
+            "calls it 'compilation_config.pass_config.eliminate_noops'",
+        ),
         ({"num_redundant_experts": 32}, "calls it 'eplb_config.num_redundant_experts'"),
         ({"eplb_config": {"windowsize": 3}}, "eplb_config.windowsize: .*did you mean 'window_size'"),
         ({"eplb_config": '{"window_size": 3}'}, "must be a mapping"),
