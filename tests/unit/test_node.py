@@ -18,6 +18,7 @@ from backends.engine import (
     GenerateRequest,
     LaunchSpec,
     NodePlace,
+    Pause,
     RankLoad,
     Role,
     TokenChunk,
@@ -91,7 +92,8 @@ class BrokenEngine:
         self._fail("died")
         return f"scheduler 1 (pid 7) {self.ending}"
 
-    async def control(self, command: Command) -> None: ...
+    async def control(self, command: Command) -> None:
+        self._fail("control")
 
     async def stop(self) -> None:
         self.num_stops += 1
@@ -125,6 +127,7 @@ async def raised_by(call: Awaitable[object]) -> BaseException:
 CALLS: dict[str, Callable[[EngineNode], Awaitable[object]]] = {
     "died": lambda node: node.sentinel(),
     "check_health": lambda node: node.renew(),
+    "control": lambda node: node.control(Pause()),
     "load": lambda node: node.drain(1.0),
     "stop": lambda node: node.stop(),
 }
