@@ -276,8 +276,9 @@ def split(report: Report) -> None:
             if measured:
                 _transfer_rows(report, title)
             _leave(report, stack, title)
-        computed = _decode_computed(report, name)
-        report.row(title, "prompt tokens that decode's log says it computed", str(computed), "0", computed == 0)
+        prefilled, computed = _computed(report, name, "prefill"), _computed(report, name, "decode")
+        report.row(title, "prompt tokens computed by prefill, by its log", str(prefilled), "> 0", prefilled > 0)
+        report.row(title, "prompt tokens computed by decode, by its log", str(computed), "0", computed == 0)
 
 
 def wide(report: Report) -> None:
@@ -308,7 +309,9 @@ def ray_launcher(report: Report) -> None:
         report.say("ray: needs two GPUs")
         return
     title = "2 GPUs, aggregated DEP2, launcher: ray"
-    with deployed("ray", {"aggregated": {**role(0.6, wide=True), "launcher": "ray"}}, ["0,1"], report) as stack:
+    with deployed(
+        "ray", {"aggregated": {**role(0.6, wide=True, disable_cuda_graph=True), "launcher": "ray"}}, ["0,1"], report
+    ) as stack:
         hits, used = _second_turns(stack)
         report.row(title, "second turns that found their first turn's blocks", f"{hits} of 16", "16", hits == 16)
         report.row(title, "DP ranks that served them", str(used), "2", used == 2)
@@ -321,7 +324,7 @@ def nodes(report: Report) -> None:
         report.say("nodes: needs two GPUs")
         return
     title = "2 nodes of 1 GPU, aggregated DEP2"
-    args = {"aggregated": {**role(0.6, wide=True), "nodes": 2}}
+    args = {"aggregated": {**role(0.6, wide=True, disable_cuda_graph=True), "nodes": 2}}
     with deployed("nodes", args, ["0", "1"], report) as stack:
         hits, used = _second_turns(stack)
         report.row(title, "second turns that found their first turn's blocks", f"{hits} of 16", "16", hits == 16)
@@ -466,17 +469,14 @@ def _transfer_rows(report: Report, title: str) -> None:
     report.row(title, "SGLang's word on its hand-offs", "none found")
 
 
-def _decode_computed(report: Report, name: str) -> int:
-    """Prompt tokens in decode's own log lines of prefill batches; a decode scheduler that computes none has no such."""
+def _computed(report: Report, name: str, role_name: str) -> int:
+    """Prompt tokens in the log lines that a role's schedulers write of their prefill batches."""
     computed = 0
     for log in (report.out / "ray" / name).glob("worker-*"):
         text = log.read_text(errors="replace")
-        if "disaggregation_mode='decode'" in text:
-            computed += sum(
-                int(line.split("#new-token: ")[1].split(",")[0])
-                for line in text.splitlines()
-                if "Prefill batch" in line and "#new-token: " in line
-            )
+        if f"disaggregation_mode='{role_name}'" in text:
+            batches = [line for line in text.splitlines() if "Prefill batch" in line and "#new-token: " in line]
+            computed += sum(int(line.split("#new-token: ")[1].split(",")[0]) for line in batches)
     return computed
 
 
