@@ -35,6 +35,18 @@ HASHED = "it is part of the hash by which vLLM's NIXL connectors accept each oth
 BLOCKS = "the router counts one kind of block, and the KV is read by whole ones"
 DTYPES = {"half": "float16", "float": "float32"}
 
+PAGES = {
+    "flashmla": (64,),
+    "cutlass_mla": (128,),
+    "trtllm_mla": (64, 32),
+    "tokenspeed_mla": (64, 32),
+    "cutedsl_mla": (64, 32),
+    "trtllm_mha": (64, 16, 32, 128),
+    "hpc_ops": (64,),
+}
+"""Attention backends of SGLang that take only some page sizes, and make the first of them of any other
+(_mla_backend_page_constraints in arg_groups/overrides.py, 0.5.16 and 0.5.23)."""
+
 COMMON: dict[str, tuple[Common, ...]] = {
     "vllm": (  # compute_nixl_compatibility_hash in vLLM's nixl/metadata.py, 0.32 and 0.33
         Common("model", HASHED),
@@ -49,7 +61,7 @@ COMMON: dict[str, tuple[Common, ...]] = {
     ),
     "sglang": (  # try_ensure_parallel_info in SGLang's disaggregation/common/conn.py, 0.5.16 and 0.5.23
         Common("model_path", "they compute the same model"),
-        Common("page_size", "decode refuses a prefill server with other pages"),
+        Common("page_size", "decode refuses a prefill server with other pages, which attention backends may set"),
         Common("kv_cache_dtype", "decode refuses a prefill server whose KV is of another type", "auto"),
         Common("dtype", "KV is of the model's type", "auto", DTYPES),
         Common("disaggregation_transfer_backend", "both ends of a transfer speak its protocol"),
@@ -85,7 +97,16 @@ def _value(common: Common, plan: LaunchPlan) -> Any:
     for part in common.name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     value = common.default if value is None else value
-    return (common.alike or {}).get(value, value)
+    value = (common.alike or {}).get(value, value)
+    return _page_size(value, plan.arguments) if common.name == "page_size" else value
+
+
+def _page_size(asked: Any, args: Mapping[str, Any]) -> Any:
+    """What SGLang makes of it."""
+    for backend in (args.get("attention_backend"), args.get("decode_attention_backend")):
+        taken = PAGES.get(str(backend), (asked,))
+        asked = asked if asked in taken else taken[0]
+    return asked
 
 
 def _shown(value: Any) -> str:
