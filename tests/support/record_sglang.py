@@ -60,7 +60,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 def record(package: Path) -> dict[str, Any]:
     """Of one unpacked version; `package` is its folder `sglang`."""
-    functions, fields, options = {}, {}, {}
+    functions, fields, options, defaults = {}, {}, {}, {}
     for path, names in CALLED.items():
         tree = _parse(package / path)
         functions |= {name: _signature(_find(tree, name)) for name in names if _find(tree, name) is not None}
@@ -70,20 +70,26 @@ def record(package: Path) -> dict[str, Any]:
             node = _find(tree, name)
             assert isinstance(node, ast.ClassDef), name
             fields[name] = _fields(node)
+            defaults[name] = [each.target.id for each in _declared(node) if each.value is not None]
             options[name] = sorted(k.arg for k in node.keywords if k.arg and getattr(k.value, "value", None) is True)
     for group in sorted((package / "srt/arg_groups/fields").glob("*.py")):
         fields["ServerArgs"] += [each for node in _classes(_parse(group)) for each in _fields(node)]
     fields["ServerArgs"] = sorted({name for name in fields["ServerArgs"] if not name.startswith("_")})
     manager = _parse(package / "srt/managers/tokenizer_manager.py")
-    batch = _find(manager, "TokenizerManager._handle_batch_output")
+    mixin = _parse(package / "srt/managers/tokenizer_control_mixin.py")
+    filling = ("_handle_batch_output", "convert_logprob_style", "add_logprob_to_meta_info")
     return {
         "functions": functions,
         "fields": fields,
         "class_options": {name: given for name, given in options.items() if given},
-        "manager_attributes": sorted(_assigned(_find(manager, "TokenizerManager"))),
-        "engine_attributes": sorted(_assigned(_find(_parse(package / "srt/entrypoints/engine.py"), "Engine"))),
+        "event_defaults": {name: defaults[name] for name in ("EventBatch", "BlockStored", "BlockRemoved")},
+        "manager": sorted(
+            {*_names(_find(manager, "TokenizerManager")), *_names(_find(mixin, "TokenizerControlMixin"))}
+        ),
+        "engine": sorted(_names(_find(_parse(package / "srt/entrypoints/engine.py"), "Engine"))),
+        "finish_reasons": _finish_reasons(_parse(package / "srt/managers/schedule_batch.py")),
         "request_state": _fields(_find(manager, "ReqState")),
-        "meta_info_keys": sorted(_keys_of_meta_info(batch)),
+        "meta_info": sorted({k for n in filling for k in _keys_of_meta_info(_find(manager, f"TokenizerManager.{n}"))}),
         "fake_bootstrap_host": _constant(_parse(package / "srt/disaggregation/utils.py"), "FAKE_BOOTSTRAP_HOST"),
     }
 
@@ -118,23 +124,36 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[list[Any]]:
     return made + ([[args.kwarg.arg, "rest", True]] if args.kwarg else [])
 
 
+def _declared(node: ast.ClassDef) -> list[Any]:
+    return [each for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]
+
+
 def _fields(node: ast.ClassDef) -> list[str]:
-    return [
-        each.target.id for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
-    ]
+    return [each.target.id for each in _declared(node)]
 
 
-def _assigned(node: ast.ClassDef) -> Iterator[str]:
-    """Attributes that its functions give it."""
-    seen = set()
-    for each in ast.walk(node):
-        if (
-            isinstance(each, ast.Attribute)
-            and isinstance(each.ctx, ast.Store)
-            and getattr(each.value, "id", "") == "self"
-        ):
-            seen.add(each.attr)
-    return iter(seen)
+def _names(node: ast.ClassDef) -> set[str]:
+    """Its functions, and the attributes that they give it."""
+    given = {
+        each.attr
+        for each in ast.walk(node)
+        if isinstance(each, ast.Attribute)
+        and isinstance(each.ctx, ast.Store)
+        and getattr(each.value, "id", "") == "self"
+    }
+    return given | {each.name for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def _finish_reasons(tree: ast.Module) -> dict[str, list[str]]:
+    """The keys of each kind, by its type; a type that several give has those of the first."""
+    found: dict[str, list[str]] = {}
+    for node in _classes(tree):
+        method = _find(node, "to_json")
+        for each in ast.walk(method) if method is not None else ():
+            if isinstance(each, ast.Return) and isinstance(each.value, ast.Dict):
+                keys = [key.value for key in each.value.keys]
+                found.setdefault(each.value.values[keys.index("type")].value, keys)
+    return found
 
 
 def _keys_of_meta_info(node: ast.AST) -> Iterator[str]:
