@@ -65,7 +65,7 @@ class Attempt:
             WorkerLost: Tried often enough, or it cannot be replayed.
         """
         if not failure.retryable:
-            raise _refusal(failure) from failure
+            raise _refusal(failure, self.request.sampling) from failure
         num_losses = self.num_losses + (not failure.overloaded)
         if num_losses > max_retries:
             raise WorkerLost(f"gave up after {num_losses} workers were lost; the last one: {failure}") from failure
@@ -122,7 +122,10 @@ def _after(sampling: Sampling, num_delivered: int) -> Sampling:
     )
 
 
-def _refusal(failure: LegFailed) -> RequestError:
-    if failure.field is not None:
-        return InvalidRequest(failure.message, failure.field)
-    return InternalError(str(failure))
+def _refusal(failure: LegFailed, sampling: Sampling) -> RequestError:
+    field = failure.field
+    if field is None and sampling.structure is not None:
+        # vLLM 0.32 and SGLang 0.5.16 do not say that it was the structure which they could not compile; all else that
+        # a client sends has been checked before.
+        field = "structure"
+    return InternalError(str(failure)) if field is None else InvalidRequest(failure.message, field)

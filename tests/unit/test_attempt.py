@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from backends.engine import Role, Sampling, Structure, TokenChunk
-from dynamo_ray.errors import WorkerLost
+from dynamo_ray.errors import InternalError, InvalidRequest, RequestError, WorkerLost
 from dynamo_ray.request.attempt import Attempt, resumption
 from dynamo_ray.request.connection import LegFailed
 from dynamo_ray.request.generation import Generation
@@ -61,6 +61,24 @@ def test_a_structured_answer_that_would_come_out_otherwise_is_not_begun_again() 
 def test_a_structured_answer_of_which_nothing_is_delivered_moves_to_another_worker() -> None:
     retried = attempt(structure=JSON).after(LOST, max_retries=3)
     assert retried.leg(Role.DECODE, 0, None).token_ids == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "structure", "expected"),
+    [
+        ("logprobs", JSON, (InvalidRequest, "logprobs")),
+        ("logprobs", None, (InvalidRequest, "logprobs")),
+        (None, JSON, (InvalidRequest, "structure")),
+        (None, None, (InternalError, None)),
+    ],
+)
+def test_a_refusal_that_names_no_field_is_about_the_structure_where_there_is_one(
+    field: str | None, structure: Structure | None, expected: tuple[type[RequestError], str | None]
+) -> None:
+    refused = LegFailed("Invalid grammar specification.", "decode-0", retryable=False, field=field)
+    with pytest.raises(RequestError) as caught:
+        attempt(structure=structure).after(refused, max_retries=3)
+    assert (type(caught.value), caught.value.field) == expected
 
 
 def test_salt_adapter_and_priority_stay_with_the_request() -> None:
