@@ -89,6 +89,10 @@ class Dispatch:
         for holder, count in self.router.num_legs.items():
             labels = {"worker": holder.worker, "dp_rank": str(holder.dp_rank)}
             yield "dynamo_ray_routed_legs", "Legs sent to a rank of a live worker", labels, count
+        for role in self.config.roles:
+            halted = self.workers.paused(role)
+            for worker in (*halted, *(connection.info.worker for connection in self.workers.of_role(role))):
+                yield "dynamo_ray_worker_paused", "Halted by a command", {"worker": worker}, worker in halted
         index = self.router.index
         yield "dynamo_ray_index_blocks", "Distinct blocks in the KV index", {}, index.num_blocks
         yield (

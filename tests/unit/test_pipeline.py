@@ -557,6 +557,12 @@ def test_prompts_of_an_adapter_are_not_taken_to_be_cached_for_the_model() -> Non
 # Commands.
 
 
+def paused(made: Cluster) -> dict[str, float]:
+    """As /metrics tells it."""
+    readings = made.dispatch.readings()
+    return {labels["worker"]: value for name, _, labels, value in readings if name == "dynamo_ray_worker_paused"}
+
+
 def test_a_paused_worker_is_sent_nothing_and_what_it_has_goes_on_after_it() -> None:
     async def main() -> None:
         expected = await aggregated_tokens(max_tokens=40)
@@ -594,8 +600,10 @@ def test_when_all_workers_of_a_role_are_halted_requests_are_told_to_come_again(
                 await collect(made, generation())
             assert refused.value.retry_after_s is not None
             assert (made.dispatch.ready() or "").startswith("no decode worker is ready (decode-0 is")
+            assert paused(made) == {"prefill-0": 0, "decode-0": 1, "decode-1": 1}
             await made.control(undo, "decode-0")
             assert made.dispatch.ready() is None
+            assert paused(made) == {"prefill-0": 0, "decode-0": 0, "decode-1": 1}
             assert len(await collect(made, generation())) == 20
             await made.settle()
 
