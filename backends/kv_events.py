@@ -137,6 +137,7 @@ def _salt_in(extra_keys: list[tuple[msgspec.Raw, ...] | None] | None) -> str | N
 
 _BATCHES: dict[str, type[_TaggedBatch] | type[_ArrayBatch]] = {
     "vllm-0.32": _TaggedBatch,
+    "vllm-0.33": _TaggedBatch,
     "sglang-0.5.16": _ArrayBatch,
     "sglang-0.5.23": _TaggedBatch,
     "simulated-1": _TaggedBatch,

@@ -1,10 +1,25 @@
 """vLLM, in this process's event loop: AsyncLLM in front of one engine-core process per data-parallel rank.
 
 Processes: ours (front: request bookkeeping only), one engine core per attention DP rank, which also runs the model
-where a rank is one device, and with more than one rank a coordinator that keeps them in step.
+where a rank is one device, and with more than one rank, on the first node, a coordinator that keeps them in step.
 
-Sockets: on the node's address, NIXL's handshakes on ports of ours and everything else on free ones that vLLM takes. One
-listens on every address: with more than one rank, torch's TCPStore in the first, to which vLLM gives no address.
+Several nodes, in the two ways that vLLM 0.32 and 0.33 have:
+
+* Each runs its share of the attention DP ranks, with a front of its own that requests go to ("hybrid load balancing";
+  with one rank a node, "external"). They meet at the leader's address. `start` returns when all nodes' ranks are ready.
+* One attention DP rank on the devices of all of them (TP or PP over nodes): the leader serves it, the others only run
+  their devices' processes.
+
+A rank that dies ends its own node's engine at once; the others' fail in their next step, which needs it.
+
+Sockets: on the node's address, NIXL's handshakes and the nodes' meeting point on ports of ours and everything else on
+free ones that vLLM takes. Some listen on every address, because vLLM gives them none: with more than one rank, torch's
+TCPStore in the first.
+
+Blocks that a finished prefill leg holds are freed by the first of these: the decode engine has read them, or has
+refused the request before it was queued and told so over NIXL (vLLM's notify_kv_transfer_request_rejected; here
+`release` does that without the decode engine, which may be gone); `release`; the lease, `kv_lease_duration` in
+kv_connector_extra_config, 30 s, which a decode engine that has queued the request extends while it waits.
 """
 
 from __future__ import annotations
@@ -17,9 +32,10 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
-from backends import admission, arguments, vllm_args, vllm_requests
+from backends import admission, arguments, vllm_args, vllm_control, vllm_requests
 from backends.engine import (
     Command,
     EngineError,
@@ -43,6 +59,7 @@ from backends.processes import (
     interface_of,
 )
 from backends.startup import Startup
+from backends.vllm_control import Control
 from backends.vllm_cpu_fixes import installed_version
 from backends.vllm_processes import launch_with_our_mains
 from backends.vllm_requests import PromptSources
@@ -50,7 +67,10 @@ from backends.vllm_stats import EngineCounters, RankRecorder
 
 log = logging.getLogger(__name__)
 
-WIRE_FORMAT = "vllm-0.32"
+WIRE_FORMATS = {"0.32.0": "vllm-0.32", "0.33.0": "vllm-0.33"}
+"""Of KV events, by the version whose argument table holds."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
+STRUCTURES = (Feature.JSON_OBJECT, Feature.JSON_SCHEMA, Feature.REGEX, Feature.GRAMMAR)
 STOP_TIMEOUT_S = 3.0
 """After this an engine core is killed; its own teardown takes 2 s, and then it idles for 3 more."""
 MAX_REMEMBERED_HANDOFFS = 65_536
@@ -65,6 +85,10 @@ class VLLMEngine:
         self.info: EngineInfo | None = None
         self.counters = EngineCounters()
         self._llm: Any = None
+        self._control: Control | None = None
+        self._executor: Any = None
+        """In place of an AsyncLLM, on a node that is served through the leader."""
+        self._version = ""
         self._vocab_size = 0
         self._recorders: list[RankRecorder] = []
         self._sources: dict[str, PromptSources] = {}
@@ -78,7 +102,7 @@ class VLLMEngine:
         self._socket_folder = ""
         self._output: OutputCapture | None = None
 
-    async def start(self) -> EngineInfo:
+    async def start(self) -> EngineInfo | None:
         return await self._startup.run(self._start())
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
@@ -115,32 +139,46 @@ class VLLMEngine:
         return () if self._output is None else self._output.last_lines()
 
     async def check_health(self) -> None:
-        self._check_serving()
+        self._check_alive()
+        if self._executor is None:
+            self._check_serving()
 
     async def died(self) -> str:
         assert self._watch is not None, "start() comes first"
         return await asyncio.shield(self._watch.death)
 
     async def control(self, command: Command) -> None:
-        raise admission.no_such_control(command, self._check_serving())
+        """On a node that is served through its leader there is nothing to do: the leader tells its devices."""
+        self._check_alive()
+        if self._control is None:
+            return
+        info = self._check_serving()
+        if command.__struct_config__.tag not in info.controls:
+            raise admission.no_such_control(command, info)
+        await self._control.carry_out(command)
 
     async def stop(self) -> None:
         await self._startup.end()
         await self._shut_down()
 
-    async def _start(self) -> EngineInfo:
+    async def _start(self) -> EngineInfo | None:
         on_cpu = _on_cpu()
-        args = vllm_args.engine_args(self.spec, on_cpu)
+        args = vllm_args.engine_args(self.spec, on_cpu, _has_tokenizer(self.spec.model_path))
         self._socket_folder = tempfile.mkdtemp(prefix="vllm-")
         self._output = OutputCapture()
         try:
             must, defaults = self._environment(on_cpu)
-            self._llm = await self._launcher.run(
-                lambda: self._launch(args),
-                lambda llm: llm.shutdown(STOP_TIMEOUT_S),
-                {**must, **self._output.environment},
-                defaults,
-            )
+            must |= self._output.environment
+            if self._serves:
+                self._llm = await self._launcher.run(
+                    lambda: self._launch(args), lambda llm: llm.shutdown(STOP_TIMEOUT_S), must, defaults
+                )
+                self._control = Control(self._llm)
+                await self._load_adapters()
+            else:
+                self._executor = await self._launcher.run(
+                    lambda: self._launch_devices(args), lambda executor: executor.shutdown(), must, defaults
+                )
         except BaseException as error:
             await self._shut_down()
             if isinstance(error, EngineStartError) or not isinstance(error, Exception):
@@ -149,8 +187,13 @@ class VLLMEngine:
             lines = (*self.last_lines(), *f"{type(error).__name__}: {error}".splitlines())
             raise start_error(lines, "vllm", self.spec.role) from error
         self._watch = DeathWatch(self.processes())
-        self.info = self._describe()
+        if self._serves:
+            self.info = self._describe(on_cpu)
         return self.info
+
+    @property
+    def _serves(self) -> bool:
+        return vllm_args.share(self.spec).num_ranks > 0
 
     async def _shut_down(self) -> None:
         if self._watch is not None:
@@ -165,6 +208,9 @@ class VLLMEngine:
             # vLLM closes its sockets in a later turn of this loop, and leaves their context to the interpreter.
             await self._launcher.finish(llm.engine_core.resources.ctx.term)
         else:
+            executor, self._executor = self._executor, None
+            if executor is not None:
+                await asyncio.to_thread(executor.shutdown)
             await self._launcher.finish()
         multiprocessing.active_children()  # Reaps those that have ended.
         if self._output is not None:
@@ -175,29 +221,47 @@ class VLLMEngine:
     def _environment(self, on_cpu: bool) -> tuple[dict[str, str], dict[str, str]]:
         """What must be so, and what is so unless the process's environment says otherwise."""
         spec = self.spec
-        port = consecutive_ports(spec.place.ports, spec.attn_dp)
+        count = vllm_args.num_ports(spec)
+        port = consecutive_ports(spec.place.ports, count)
         if port is None and spec.place.ports:
-            raise EngineStartError(f"ports: no {spec.attn_dp} consecutive ones among {spec.place.ports}")
+            raise EngineStartError(f"ports: no {count} consecutive ones among {spec.place.ports}")
         if port is None:
-            port = free_consecutive_ports(spec.place.address, spec.attn_dp)
+            port = free_consecutive_ports(spec.place.address, count)
         return vllm_args.environment(spec, on_cpu, self._socket_folder, port, interface_of(spec.place.address))
 
-    def _launch(self, args: dict[str, Any]) -> Any:
-        """Runs in the launcher's thread; returns when every rank has loaded the model."""
+    def _configure(self, args: dict[str, Any], **how: Any) -> Any:
+        """vLLM's own configuration, checked; the first thing in the launcher's thread."""
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise EngineStartError(f"the vLLM backend needs the package {error.name!r}; run `make setup`") from error
-        version = arguments.check_installed("vllm", self.spec.version, installed_version() or "of unknown version")
-        arguments.check("vllm", version, self.spec.engine_args, vllm_args.OWNED)
+        self._version = arguments.check_installed("vllm", self.spec.version, installed_version() or "unknown")
+        arguments.check("vllm", self._version, self.spec.engine_args, vllm_args.OWNED)
         launch_with_our_mains()
         if self._launcher.cancelled:
             raise EngineStartError("the start was given up")
-        config = AsyncEngineArgs(**args).create_engine_config()
-        self._recorders = [RankRecorder(rank, self.counters) for rank in range(self.spec.attn_dp)]
+        config = AsyncEngineArgs(**args).create_engine_config(**how)
+        vllm_args.check_model(self.spec, config.model_config.get_num_experts())
+        return config
+
+    def _launch_devices(self, args: dict[str, Any]) -> Any:
+        """As `_launch`, where only the processes of this node's devices are started."""
+        config = self._configure(args, headless=True)
+        from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+        return MultiprocExecutor(config, monitor_workers=False)
+
+    def _launch(self, args: dict[str, Any]) -> Any:
+        """Runs in the launcher's thread; returns when every rank, of all nodes, has loaded the model."""
+        config = self._configure(args)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        mine = vllm_args.share(self.spec)
+        self._recorders = [RankRecorder(rank, self.counters) for rank in range(mine.num_ranks)]
         llm = AsyncLLM.from_vllm_config(
-            config, stat_loggers=[lambda _, rank=0: self._recorders[rank]], disable_log_stats=True
+            config,
+            stat_loggers=[lambda _, rank=0: self._recorders[rank - mine.first_rank]],
+            disable_log_stats=True,
         )
         # vLLM adds its Prometheus metrics, which nobody reads here and which cost more than our two totals.
         llm.logger_manager.stat_loggers = llm.logger_manager.stat_loggers[:1]
@@ -243,30 +307,61 @@ class VLLMEngine:
             free.add_done_callback(self._frees.discard)
 
     def processes(self) -> list[Any]:
-        """vLLM's: an engine core a rank, and the coordinator."""
+        """vLLM's: an engine core a rank, and the coordinator; or one a device, on a node that only lends those."""
+        if self._executor is not None:
+            return [worker.proc for worker in self._executor.workers]
         resources = self._llm.engine_core.resources
         coordinator = [] if resources.coordinator is None else [resources.coordinator.proc]
         return [*resources.engine_manager.processes, *coordinator]
 
-    def _describe(self) -> EngineInfo:
-        spec, config = self.spec, self._llm.vllm_config
+    async def _load_adapters(self) -> None:
+        """All at once now, so that one that cannot be loaded ends the start and not a request."""
+        for name, request in self._adapters().items():
+            try:
+                await self._llm.engine_core.call_utility_all_async("add_lora", request)
+            except Exception as error:
+                raise EngineStartError(f"model.loras.{name}: vLLM cannot load {request.lora_path}: {error}") from error
+
+    def _adapters(self) -> dict[str, Any]:
+        """vLLM's LoRARequests by name; their numbers follow the configuration's order, so all nodes have the same."""
+        from vllm.lora.request import LoRARequest
+
+        return {
+            name: LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
+            for number, (name, path) in enumerate(self.spec.loras.items(), start=1)
+        }
+
+    def _describe(self, on_cpu: bool) -> EngineInfo:
+        spec, config, mine = self.spec, self._llm.vllm_config, vllm_args.share(self.spec)
         self._vocab_size = config.model_config.get_vocab_size()
         return EngineInfo(
             backend="vllm",
             version=installed_version() or "unknown",
             model=spec.model,
             role=spec.role,
-            attn_dp_size=spec.attn_dp,
+            attn_dp_size=mine.num_ranks,
             block_size=config.cache_config.block_size,
             max_model_len=config.model_config.max_model_len,
             # vLLM sums over ranks; one block of each is the null block that no request gets.
-            kv_total_blocks=config.cache_config.num_gpu_blocks // spec.attn_dp - 1,
+            kv_total_blocks=config.cache_config.num_gpu_blocks // mine.num_ranks - 1,
             handoff="none" if spec.role is Role.AGGREGATED else "sequential",
             caches_prefixes=bool(config.cache_config.enable_prefix_caching),
             kv_event_sources=self._event_sources(),
             max_logprobs=config.model_config.max_logprobs,
-            features=(Feature.SEED, Feature.MIN_P, Feature.MIN_TOKENS, Feature.CACHE_SALT),
+            first_dp_rank=mine.first_rank,
+            features=self._features(),
+            loras=tuple(spec.loras),
+            controls=vllm_control.controls(self._llm, sleeps=not on_cpu),
         )
+
+    def _features(self) -> tuple[Feature, ...]:
+        config = self._llm.vllm_config
+        features = [Feature.SEED, Feature.MIN_P, Feature.MIN_TOKENS, Feature.CACHE_SALT]
+        if config.scheduler_config.policy == "priority":
+            features.append(Feature.PRIORITY)
+        if self.spec.role is Role.PREFILL or not config.model_config.skip_tokenizer_init:
+            features += STRUCTURES  # nobody sees what a prefill engine answers
+        return tuple(features)
 
     def _event_sources(self) -> tuple[KVEventSource, ...]:
         """Empty without a prefix cache, which vLLM turns off for MLA on CPU: there is nothing to tell then."""
@@ -277,33 +372,42 @@ class VLLMEngine:
             return ()
         sources = self._llm.get_kv_event_sources()
         return tuple(
-            KVEventSource(rank, sources[rank].endpoint, sources[rank].replay_endpoint, WIRE_FORMAT)
-            for rank in sorted(sources)
+            KVEventSource(rank, sources[number].endpoint, sources[number].replay_endpoint, WIRE_FORMATS[self._version])
+            for rank, number in enumerate(sorted(sources))
         )
 
-    def _check_serving(self) -> EngineInfo:
-        if self._llm is None or self.info is None:
+    def _check_alive(self) -> None:
+        if self._llm is None and self._executor is None:
             raise EngineError("the vLLM engine is not running")
         if self._watch is not None and self._watch.death.done():
             raise EngineError(f"the vLLM engine died: {self._watch.death.result()}")
+
+    def _check_serving(self) -> EngineInfo:
+        self._check_alive()
+        if self.info is None:
+            raise EngineError("this node of the vLLM engine is served through its leader")
         if self._llm.errored:
             raise EngineError("the vLLM engine died")
         return self.info
 
     async def _steps(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
         """vLLM's outputs as chunks, its errors as ours."""
-        from vllm.exceptions import GracefulHTTPError, VLLMClientError
+        from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
         from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
             kind = RequestOutputKind.FINAL_ONLY if request.leg is Role.PREFILL else RequestOutputKind.DELTA
             params = SamplingParams(**vllm_requests.sampling_arguments(request), output_kind=kind)
+            if (structure := request.sampling.structure) is not None and request.leg is not Role.PREFILL:
+                params.structured_outputs = StructuredOutputsParams(**vllm_requests.structure_arguments(structure))
             outputs = self._llm.generate(
                 tokens_input(request.token_ids, cache_salt=request.cache_salt),
                 params,
                 request.request_id,
+                lora_request=None if request.lora is None else self._adapters()[request.lora],
+                priority=-request.priority,  # to vLLM the smaller is the earlier
                 data_parallel_rank=request.dp_rank,
             )
             async with aclosing(outputs):
@@ -316,7 +420,7 @@ class VLLMEngine:
         except VLLMClientError as error:
             field = getattr(error, "parameter", None)
             raise EngineError(f"vLLM refused the request: {error}", retryable=False, field=field) from error
-        except GracefulHTTPError as error:
+        except (GracefulHTTPError, GenerationError) as error:
             raise EngineError(f"vLLM takes no more requests: {error}") from error
         except EngineDeadError as error:
             raise EngineError(f"the vLLM engine {'was stopped' if self._llm is None else 'died'}") from error
@@ -336,6 +440,10 @@ async def _end_requests(llm: Any) -> None:
 
 def _already_shut_down(timeout: float | None = None) -> None:
     """In place of AsyncLLM.shutdown, which its finalizer calls again, at interpreter exit with a traceback."""
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any(Path(folder, name).is_file() for name in TOKENIZER_FILES)
 
 
 def _on_cpu() -> bool:

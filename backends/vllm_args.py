@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from backends.engine import EngineStartError, LaunchSpec, Role
@@ -26,16 +27,18 @@ OWNED: dict[str, str] = {
     "data_parallel_rank": "nothing: ranks are numbered by placement",
     "data_parallel_start_rank": "nothing: ranks are numbered by placement",
     "data_parallel_address": "nothing: it is the leader node's address",
-    "data_parallel_rpc_port": "nothing: vLLM takes a free one",
+    "data_parallel_rpc_port": "nothing: it is one of the leader node's ports",
     "data_parallel_backend": "nothing: Ray places nodes, vLLM starts its ranks there",
     "data_parallel_external_lb": "nothing: the ingress picks the rank of every request",
     "data_parallel_hybrid_lb": "nothing: the ingress picks the rank of every request",
     "pipeline_parallel_size": "parallelism.pp",
     "enable_expert_parallel": "parallelism.moe_ep",
+    "eplb_config.num_redundant_experts": "parallelism.redundant_experts",
+    "enable_lora": "model.loras",
     "nnodes": "nodes",
     "node_rank": "nothing: nodes are numbered by placement",
     "master_addr": "nothing: it is the leader node's address",
-    "master_port": "nothing: vLLM takes a free one",
+    "master_port": "nothing: it is one of the leader node's ports",
     "distributed_executor_backend": "nothing: it follows from parallelism",
     "worker_extension_cls": "nothing: it frees handed-off KV blocks",
     "kv_transfer_config": "transfer, and prefill and decode in place of aggregated",
@@ -54,18 +57,56 @@ CPU_DEFAULTS: dict[str, Any] = {
 prefix hits fine-grained (vLLM's own default is 128), and not the nine tenths of the machine that vLLM would take."""
 
 
-def engine_args(spec: LaunchSpec, on_cpu: bool) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The attention DP ranks, of the worker's, whose engine cores one node runs."""
+
+    first_rank: int
+    num_ranks: int
+    """0 on a node that lends its devices to the leader's one rank."""
+
+
+def share(spec: LaunchSpec) -> Share:
+    """This node's; every node has as many ranks, or the leader has the only one."""
+    if spec.attn_dp % spec.num_nodes == 0:
+        num_ranks = spec.attn_dp // spec.num_nodes
+        return Share(spec.node_rank * num_ranks, num_ranks)
+    return Share(0, 1 if spec.node_rank == 0 else 0)
+
+
+def spans_nodes(spec: LaunchSpec) -> bool:
+    """Whether the devices of one attention DP rank are on several nodes."""
+    return spec.attn_dp % spec.num_nodes != 0
+
+
+def num_ports(spec: LaunchSpec) -> int:
+    """Consecutive ports that this node takes of its own."""
+    return rendezvous_offset(spec) + 1
+
+
+def rendezvous_offset(spec: LaunchSpec) -> int:
+    """Of the port, in the leader's block, where the nodes meet; NIXL's handshakes come first."""
+    return max(1, spec.attn_dp // spec.num_nodes)
+
+
+def engine_args(spec: LaunchSpec, on_cpu: bool, tokenizer: bool = True) -> dict[str, Any]:
     """The keyword arguments of vLLM's AsyncEngineArgs.
 
+    Args:
+        tokenizer: the model's folder has one, with which answers can be held to a structure.
+
     Raises:
-        EngineStartError: The layout is one that this adapter cannot start.
+        EngineStartError: The layout is one that vLLM cannot start.
     """
     _check_layout(spec)
     args: dict[str, Any] = dict(CPU_DEFAULTS) if on_cpu else {}
     args |= {
+        **_loras(spec),
         **spec.engine_args,
+        **_redundant_experts(spec),
         "model": spec.model_path,
-        "skip_tokenizer_init": True,
+        # Prompts and answers are token ids all the same; the grammars of structured answers need it.
+        "skip_tokenizer_init": not tokenizer or spec.role is Role.PREFILL,
         "generation_config": spec.engine_args.get("generation_config", "vllm"),
         "tensor_parallel_size": spec.attn_tp,
         "data_parallel_size": spec.attn_dp,
@@ -75,15 +116,35 @@ def engine_args(spec: LaunchSpec, on_cpu: bool) -> dict[str, Any]:
         "enable_log_requests": False,
         "disable_log_stats": True,
     }
-    if spec.attn_tp * spec.pp == 1:
-        args["distributed_executor_backend"] = UNIPROC_EXECUTOR
+    # Said in any case: inside a Ray actor's placement group vLLM would otherwise start its ranks as Ray actors.
+    args["distributed_executor_backend"] = UNIPROC_EXECUTOR if spec.attn_tp * spec.pp == 1 else "mp"
     if spec.attn_dp > 1:
         args["data_parallel_address"] = spec.leader.address
+    if spec.num_nodes > 1:
+        args |= _nodes(spec)
     if spec.role is not Role.AGGREGATED:
         args["kv_transfer_config"] = _transfer(spec, on_cpu)
     if spec.kv_events:
         args["kv_events_config"] = _events()
     return args
+
+
+def check_model(spec: LaunchSpec, num_experts: int) -> None:
+    """Refuse a layout that this model cannot have; `num_experts` is 0 for a model without any.
+
+    Raises:
+        EngineStartError: It names the field.
+    """
+    if spec.redundant_experts and (num_experts + spec.redundant_experts) % spec.moe_ep:
+        raise EngineStartError(
+            f"parallelism.redundant_experts: {num_experts} experts and {spec.redundant_experts} more do not divide "
+            f"among {spec.moe_ep} ranks; use a multiple of {spec.moe_ep}, less {num_experts % spec.moe_ep}"
+        )
+    if spec.num_nodes > 1 and not spans_nodes(spec) and spec.attn_dp > 1 and num_experts == 0:
+        raise EngineStartError(
+            "nodes: the ranks of a model without experts have nothing to tell each other, and vLLM starts none of "
+            "its own on further nodes; use nodes: 1 and more replicas"
+        )
 
 
 def environment(
@@ -93,7 +154,8 @@ def environment(
 
     Args:
         socket_folder: where vLLM puts the Unix sockets between its processes; it never removes them.
-        side_channel_port: rank r of a prefill or decode engine listens for NIXL handshakes on this plus r.
+        side_channel_port: this node's r-th rank, of a prefill or decode engine, listens for NIXL handshakes on this
+            plus r.
         interface: the network interface of `spec.place.address`, where it is known.
 
     Returns:
@@ -111,7 +173,8 @@ def environment(
     if spec.role is not Role.AGGREGATED:
         must |= {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.place.address,
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port),
+            # vLLM adds the rank's number among all of the worker's.
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port - share(spec).first_rank),
         }
         # vLLM sets this too, but not where NIXL was imported before.
         defaults["UCX_RCACHE_MAX_UNRELEASED"] = "1024"
@@ -128,9 +191,15 @@ def cores_of_rank(cores: tuple[int, ...], num_ranks: int, rank: int) -> tuple[in
 
 
 def _check_layout(spec: LaunchSpec) -> None:
-    ranks = spec.attn_tp * spec.attn_dp * spec.pp
-    if spec.num_nodes > 1:
-        raise EngineStartError("nodes: a vLLM worker runs on one node; use nodes: 1 and more replicas")
+    ranks = _num_local_devices(spec)
+    if spec.attn_dp % spec.num_nodes and (spec.attn_dp > 1 or spec.attn_tp * spec.pp % spec.num_nodes):
+        raise EngineStartError(
+            f"nodes: vLLM shares {spec.attn_dp} attention DP ranks of {spec.attn_tp * spec.pp} devices out evenly, or "
+            f"one rank's devices; {spec.num_nodes} nodes do neither: use a number that divides "
+            f"parallelism.attn_dp={spec.attn_dp}, or attn_dp: 1 and one that divides attn_tp * pp"
+        )
+    if spec.num_nodes > 1 and spec.place.ports and len(spec.place.ports) < num_ports(spec):
+        raise EngineStartError(f"ports: {num_ports(spec)} are needed on each node; there are {len(spec.place.ports)}")
     if spec.moe_ep > 1 and spec.moe_ep != spec.attn_tp * spec.attn_dp:
         raise EngineStartError(
             f"parallelism.moe_ep: vLLM spreads experts over all {spec.attn_tp * spec.attn_dp} ranks or none; "
@@ -140,8 +209,52 @@ def _check_layout(spec: LaunchSpec) -> None:
         raise EngineStartError(
             f"resources.cpus: {len(spec.cores)} cores do not divide among {ranks} ranks; use a multiple of {ranks}"
         )
+    if spec.redundant_experts and spec.moe_ep == 1:
+        raise EngineStartError(
+            "parallelism.redundant_experts: vLLM balances experts only among ranks that share them out; set moe_ep, or "
+            "redundant_experts to 0"
+        )
+    if spec.redundant_experts and spec.engine_args.get("enable_eplb") is False:
+        raise EngineStartError(
+            f"engine_args.enable_eplb: {spec.redundant_experts} redundant experts need it; leave it out"
+        )
     if spec.transfer_backend != "nixl":
         raise EngineStartError(f"transfer.backend: vLLM hands over by 'nixl', not {spec.transfer_backend!r}")
+
+
+def _num_local_devices(spec: LaunchSpec) -> int:
+    return spec.num_ranks // spec.num_nodes
+
+
+def _nodes(spec: LaunchSpec) -> dict[str, Any]:
+    """Several nodes: each serves its own attention DP ranks, or all are one rank that the leader serves."""
+    port = spec.leader.ports[rendezvous_offset(spec)]
+    if spans_nodes(spec):
+        return {
+            "nnodes": spec.num_nodes,
+            "node_rank": spec.node_rank,
+            "master_addr": spec.leader.address,
+            "master_port": port,
+        }
+    mine = share(spec)
+    return {
+        "data_parallel_size_local": mine.num_ranks,
+        "data_parallel_start_rank": mine.first_rank,
+        "data_parallel_hybrid_lb": True,
+        "data_parallel_rpc_port": port,
+    }
+
+
+def _redundant_experts(spec: LaunchSpec) -> dict[str, Any]:
+    if not spec.redundant_experts:
+        return {}
+    config = {**spec.engine_args.get("eplb_config", {}), "num_redundant_experts": spec.redundant_experts}
+    return {"enable_eplb": True, "eplb_config": config}
+
+
+def _loras(spec: LaunchSpec) -> dict[str, Any]:
+    """All of them at once in a batch, unless the user says otherwise."""
+    return {"enable_lora": True, "max_loras": len(spec.loras)} if spec.loras else {}
 
 
 def _transfer(spec: LaunchSpec, on_cpu: bool) -> dict[str, Any]:
@@ -165,7 +278,7 @@ def _events() -> dict[str, Any]:
 
 
 def _cpu_cores(spec: LaunchSpec) -> dict[str, str]:
-    ranks = spec.attn_tp * spec.attn_dp * spec.pp
+    ranks = _num_local_devices(spec)
     shares = [",".join(map(str, cores_of_rank(spec.cores, ranks, rank))) for rank in range(ranks)]
     return {
         # For a rank inside its engine core, which we bind; the other is for the executor that starts a process a rank.

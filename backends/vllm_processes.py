@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
+from multiprocessing.connection import wait
 from typing import Any
 
 from backends.output import redirect_output
@@ -36,10 +39,32 @@ def run_coordinator(*args: Any, **kwargs: Any) -> None:
     DPCoordinatorProc.run_coordinator(*args, **kwargs)
 
 
+def run_worker(*args: Any, **kwargs: Any) -> None:
+    """Main of one device's process, on a node that lends its devices to the leader; in place of WorkerProc.worker_main.
+
+    On the leader an engine core starts these, and ends them with itself. The thread that starts one may end before it
+    (vLLM 0.33 starts them from a pool), so it is tied to the process alone.
+    """
+    redirect_output()
+    threading.Thread(target=_exit_with_parent, name="exit-with-parent", daemon=True).start()
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    WorkerProc.worker_main(*args, **kwargs)
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "run as the main of a child process"
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def launch_with_our_mains() -> None:
-    """Have vLLM start its processes with the two functions above; only in this process, not in those it starts."""
+    """Have vLLM start its processes with the functions above; only in this process, not in those it starts."""
     from vllm.v1.engine.coordinator import DPCoordinatorProc
     from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.executor.multiproc_executor import WorkerProc
 
     EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+    WorkerProc.worker_main = staticmethod(run_worker)
     DPCoordinatorProc.run_coordinator = staticmethod(run_coordinator)

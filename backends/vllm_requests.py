@@ -12,12 +12,17 @@ from backends.engine import (
     GenerateRequest,
     KVHandoff,
     Role,
+    Structure,
     TokenChunk,
     TokenLogprob,
 )
 
 PREFILL_PARAMS = {"do_remote_decode": True, "do_remote_prefill": False}
-"""kv_transfer_params that ask a prefill engine to hold the blocks and say where they are (vLLM's NIXL connector)."""
+"""kv_transfer_params that ask a prefill engine to hold the blocks and say where they are (vLLM's NIXL connector). What
+it answers goes to decode as it is: 0.33's has an entry, remote_registration_generation, that 0.32's has not."""
+
+STRUCTURES = {"json_schema": "json", "regex": "regex", "grammar": "grammar"}
+"""Our kinds -> the fields of vLLM's StructuredOutputsParams; `json_object` has no text to it."""
 
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -31,7 +36,7 @@ class PromptSources:
 
 
 def sampling_arguments(request: GenerateRequest) -> dict[str, Any]:
-    """The keyword arguments of vLLM's SamplingParams; the caller adds the output kind."""
+    """The keyword arguments of vLLM's SamplingParams; the caller adds the output kind and the structure."""
     if request.leg is Role.PREFILL:
         # One token that nobody sees: a request that ends for any reason but its length hands nothing over.
         return {
@@ -63,6 +68,11 @@ def sampling_arguments(request: GenerateRequest) -> dict[str, Any]:
     if request.handoff is not None:
         arguments["extra_args"] = {"kv_transfer_params": dict(request.handoff.params)}
     return arguments
+
+
+def structure_arguments(structure: Structure) -> dict[str, Any]:
+    """The keyword arguments of vLLM's StructuredOutputsParams."""
+    return {"json_object": True} if structure.kind == "json_object" else {STRUCTURES[structure.kind]: structure.value}
 
 
 def prefill_chunk(request: GenerateRequest, output: Any, sources: PromptSources | None) -> TokenChunk:

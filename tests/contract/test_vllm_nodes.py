@@ -1,0 +1,115 @@
+"""DP2 + EP of vLLM over two nodes, each a process with an engine of its own, as node actors have them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from engines import TINY_DEEPSEEK, Answer, collect, greedy, place, prompt, request, running, spec, wait_until_idle
+from node_process import RemoteNode, node_process
+from reference import answers_of_transformers
+
+from backends.engine import Engine, EngineError, EngineInfo, GenerateRequest, Role
+from backends.vllm import VLLMEngine
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
+
+ANSWER_TOKENS = 16
+PROMPTS = [prompt(length, seed=7, vocabulary=(0, 256)) for length in (1, 2, 15, 16, 17, 40, 129, 300)]
+ENGINE_ARGS = {"block_size": 16, "max_model_len": 1024, "kv_cache_memory_bytes": 64 * 1024 * 1024}
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A decode worker of two nodes, and the prefill engine that hands over to it."""
+
+    first: VLLMEngine
+    second: RemoteNode
+    infos: tuple[EngineInfo, EngineInfo]
+    prefill: Engine
+
+    async def answer(self, node: int, made: GenerateRequest) -> Answer:
+        return await collect(self.first, made) if node == 0 else Answer(await self.second.chunks(made))
+
+    async def decode(self, node: int, ids: list[int], max_tokens: int = ANSWER_TOKENS) -> Answer:
+        prefilled = await collect(self.prefill, request(ids, greedy(1), leg=Role.PREFILL))
+        leg = request(ids, greedy(max_tokens), leg=Role.DECODE, dp_rank=0, handoff=prefilled.handoff)
+        return await self.answer(node, leg)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    return answers_of_transformers(PROMPTS, ANSWER_TOKENS)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def worker() -> AsyncIterator[Worker]:
+    nodes = (place(), place())
+    shape: dict[str, Any] = {"attn_dp": 2, "moe_ep": 2, "nodes": nodes, "engine_args": ENGINE_ARGS}
+    specs = [
+        spec("vllm", Role.DECODE, TINY_DEEPSEEK, node_rank=rank, cores=(rank,), **shape) for rank in range(len(nodes))
+    ]
+    async with AsyncExitStack() as stack:
+        second = await stack.enter_async_context(node_process(specs[1], "vllm"))
+        first = VLLMEngine(specs[0])
+        stack.push_async_callback(first.stop)
+        infos = await asyncio.gather(first.start(), second.start())
+        assert infos[0] is not None
+        assert infos[1] is not None
+        prefill, _ = await stack.enter_async_context(
+            running(spec("vllm", Role.PREFILL, TINY_DEEPSEEK, engine_args=ENGINE_ARGS), "vllm")
+        )
+        yield Worker(first, second, (infos[0], infos[1]), prefill)
+
+
+async def test_each_node_serves_its_own_rank(worker: Worker) -> None:
+    assert [(info.first_dp_rank, info.attn_dp_size) for info in worker.infos] == [(0, 1), (1, 1)]
+    assert [rank.dp_rank for rank in worker.first.load()] == [0]
+    assert [rank.dp_rank for rank in await worker.second.load()] == [0]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+async def test_each_nodes_rank_answers_as_transformers_does(
+    worker: Worker, expected: list[list[int]], node: int
+) -> None:
+    legs = [request(ids, greedy(ANSWER_TOKENS), dp_rank=0) for ids in PROMPTS]
+    got = await asyncio.gather(*(worker.answer(node, leg) for leg in legs))
+    assert [each.tokens for each in got] == expected
+
+
+async def test_both_nodes_together_answer_handed_over_prompts_as_transformers_does(
+    worker: Worker, expected: list[list[int]]
+) -> None:
+    got = await asyncio.gather(*(worker.decode(i % 2, ids) for i, ids in enumerate(PROMPTS)))
+    assert [each.tokens for each in got] == expected
+    assert [each.chunks[0].transferred_tokens for each in got][1:] == [len(ids) for ids in PROMPTS[1:]]
+    await wait_until_idle(worker.prefill)
+    await wait_until_idle(worker.first)
+
+
+async def test_a_request_runs_on_the_node_that_it_was_sent_to(worker: Worker) -> None:
+    leg = asyncio.create_task(worker.answer(1, request(PROMPTS[5], greedy(200), dp_rank=0)))
+    while not (await worker.second.load())[0].num_running:
+        await asyncio.sleep(0.005)
+    assert worker.first.load()[0].num_running == 0
+    assert len((await leg).tokens) == 200
+
+
+async def test_a_nodes_dead_rank_ends_its_engine_at_once_and_the_other_nodes_with_its_next_step(
+    worker: Worker,
+) -> None:
+    running_here = asyncio.create_task(worker.answer(0, request(PROMPTS[5], greedy(900), dp_rank=0)))
+    while not worker.first.load()[0].num_running:
+        await asyncio.sleep(0.005)
+    os.kill(worker.second.pids[0], signal.SIGKILL)
+    assert "EngineCore_DP1" in await asyncio.wait_for(worker.second.died(), 5.0)
+    with pytest.raises(EngineError, match="died"):
+        await asyncio.wait_for(running_here, 30.0)
+    assert "EngineCore_DP0" in await asyncio.wait_for(worker.first.died(), 10.0)
