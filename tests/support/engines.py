@@ -83,6 +83,7 @@ SIMULATED = Kind(
     {"step_s": 0.001},
     slow_start=lambda: {"engine_args": {"start_s": 60.0}},
     several_ranks=True,
+    several_nodes=True,
 )
 KINDS: dict[str, Kind] = {
     "simulated": SIMULATED,

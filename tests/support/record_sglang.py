@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 CALLED: dict[str, tuple[str, ...]] = {
-    "srt/entrypoints/engine.py": ("Engine.__init__", "Engine.get_all_child_pids", "Engine.shutdown"),
+    "srt/entrypoints/engine.py": (
+        "init_tokenizer_manager",
+        "Engine.__init__",
+        "Engine.get_all_child_pids",
+        "Engine.shutdown",
+    ),
     "srt/managers/scheduler.py": ("run_scheduler_process",),
     "srt/managers/detokenizer_manager.py": ("run_detokenizer_process",),
     "srt/managers/data_parallel_controller.py": ("run_data_parallel_controller_process",),

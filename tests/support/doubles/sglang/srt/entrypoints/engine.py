@@ -54,7 +54,15 @@ class SubprocessWatchdog:
                 return
 
 
+def init_tokenizer_manager(
+    server_args: ServerArgs, port_args: PortArgs, TokenizerManagerClass: Any = None
+) -> tuple[TokenizerManager, None]:
+    """The manager, and templates, which nobody uses here."""
+    return (TokenizerManagerClass or TokenizerManager)(server_args, port_args), None
+
+
 class Engine:
+    init_tokenizer_manager_func: Callable[..., Any] = staticmethod(init_tokenizer_manager)
     run_scheduler_process_func: Callable[..., None] = staticmethod(run_scheduler_process)
     run_detokenizer_process_func: Callable[..., None] = staticmethod(run_detokenizer_process)
 
@@ -67,21 +75,22 @@ class Engine:
         self.port_args = PortArgs.init_new(self.server_args)
         self._scheduler_init_result = SchedulerInitResult()
         processes, readers = self._start_schedulers()
+        manager = None
         if self.server_args.node_rank == 0:
-            self.send_to_rpc = zmq.Context().socket(zmq.ROUTER)
             detokenizer = multiprocessing.get_context("spawn").Process(
                 target=self.run_detokenizer_process_func, args=(self.server_args, self.port_args)
             )
             detokenizer.start()
             processes.append(detokenizer)
-            self.tokenizer_manager = TokenizerManager(self.server_args, self.port_args)
-            self.tokenizer_manager.send_to_scheduler = self.send_to_rpc
-            self.send_to_rpc.bind(self.port_args.scheduler_input_ipc_name)
+            manager, _ = self.init_tokenizer_manager_func(self.server_args, self.port_args)
         self._wait_until_ready(readers, processes)
-        if self.tokenizer_manager is not None:
-            self._wait_for_ranks(processes)
-            self.tokenizer_manager._subprocess_watchdog = SubprocessWatchdog(processes)
-            self.tokenizer_manager._subprocess_watchdog.start()
+        if manager is not None:
+            self.get_all_child_pids().append(processes[-1].pid)
+            self._wait_for_ranks(manager, processes)
+            manager._subprocess_watchdog = SubprocessWatchdog(processes)
+            manager._subprocess_watchdog.start()
+            self.send_to_rpc = zmq.Context().socket(zmq.DEALER)
+            self.tokenizer_manager = manager
         self.loop = _event_loop()
 
     def get_all_child_pids(self) -> list[int]:
@@ -128,16 +137,14 @@ class Engine:
                 raise _died(i, processes[i]) from None
             self._scheduler_init_result.scheduler_infos.append(info)
             self.get_all_child_pids().extend(info.get(SCHEDULER_PIDS_ARG, ()))
-        if self.tokenizer_manager is not None:
-            self.get_all_child_pids().append(processes[-1].pid)
 
-    def _wait_for_ranks(self, processes: list[Any]) -> None:
+    def _wait_for_ranks(self, manager: TokenizerManager, processes: list[Any]) -> None:
         """Those of other nodes too."""
         missing = set(range(self.server_args.num_dp_ranks))
         while missing:
-            while not self.send_to_rpc.poll(200):
+            while not manager.send_to_scheduler.poll(200):
                 self._check_alive(processes)
-            name, _ = self.send_to_rpc.recv_multipart()
+            name, _ = manager.send_to_scheduler.recv_multipart()
             missing.discard(int(name))
 
     def _check_alive(self, processes: list[Any]) -> None:

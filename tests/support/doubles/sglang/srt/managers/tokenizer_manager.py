@@ -49,8 +49,10 @@ class TokenizerManager:
         self.is_pause = False
         self.is_pause_cond = asyncio.Condition()
         self.load_snapshot_reader = LoadSnapshotReader()
-        self.send_to_scheduler: Any = None
-        self.recv_from_detokenizer = zmq.asyncio.Context().socket(zmq.PULL)
+        context = zmq.asyncio.Context()
+        self.send_to_scheduler = context.socket(zmq.ROUTER, socket_class=zmq.Socket)
+        self.send_to_scheduler.bind(port_args.scheduler_input_ipc_name)
+        self.recv_from_detokenizer = context.socket(zmq.PULL)
         self.recv_from_detokenizer.bind(port_args.tokenizer_ipc_name)
         self._subprocess_watchdog: Any = None
         self._num_inside = 0
