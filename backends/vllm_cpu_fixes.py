@@ -1,4 +1,4 @@
-"""Repairs four defects of vLLM 0.32.0 on the CPU platform; every vLLM process loads this as a general plugin.
+"""Repairs five defects of vLLM 0.32.0 on the CPU platform; every vLLM process loads this as a general plugin.
 
 Each function is one defect. All of them are for exactly that version: with any other nothing is changed, and one line
 says so. Drop a function when upstream has it.
@@ -7,6 +7,7 @@ says so. Drop a function when upstream has it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def apply() -> None:
     leave_main_thread_unpinned()
     gather_uneven_batches()
     skip_experts_of_other_ranks()
+    leave_requests_without_adapter_alone()
 
 
 def let_nixl_progress_thread_sleep() -> None:
@@ -117,6 +119,37 @@ def reduce_scatterv(
     torch.distributed.all_reduce(total, group=communicator.device_group)
     start = sum(sizes[: communicator.rank_in_group])
     return total[start : start + sizes[communicator.rank_in_group]].contiguous()
+
+
+def leave_requests_without_adapter_alone() -> None:
+    """vllm.lora.ops.torch_ops takes -1, which stands for no adapter, as an index: that of the last adapter's slot."""
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        original = getattr(lora_ops, name)
+        if not getattr(original, "knows_no_adapter", False):
+            repaired = zero_where_no_adapter(original)
+            setattr(lora_ops, name, repaired)
+            setattr(punica_cpu, name, repaired)
+
+
+def zero_where_no_adapter(original: Callable[..., None]) -> Callable[..., None]:
+    """The same product of rows and adapters, in which a row without adapter is zero."""
+
+    def product(
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        output_tensor: torch.Tensor,
+        lora_indices_tensor: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        inputs = inputs.masked_fill((lora_indices_tensor == -1).unsqueeze(-1), 0)
+        original(inputs, weights, output_tensor, lora_indices_tensor, *args, **kwargs)
+
+    product.knows_no_adapter = True  # type: ignore[attr-defined]
+    return product
 
 
 def skip_experts_of_other_ranks() -> None:
