@@ -13,6 +13,7 @@ Under `launcher: ray` the schedulers are Ray actors of the leader's, on all node
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -196,9 +197,12 @@ class SGLangEngine:
         }
         if self._launcher.cancelled:
             raise EngineStartError("the start was given up")
+        kind: Any = type("Engine", (_engine_class(self.spec),), ours)
+        started = kind.__new__(kind)
         try:
-            started = type("Engine", (_engine_class(self.spec),), ours)(**args)
+            started.__init__(**args)
         except BaseException:
+            atexit.unregister(started.shutdown)
             # Left to the garbage collector, a context can wait for ever for sockets that are collected after it.
             for manager in managers:
                 _close_each(_opened_by(manager))
@@ -440,8 +444,6 @@ def _page_size(engine: Any, version: str) -> int:
 def _end(engine: Any) -> None:
     """End an engine's processes and close what it opened here. SGLang's own shutdown ends every child of this process,
     another engine's too, and leaves its sockets and files."""
-    import atexit
-
     atexit.unregister(engine.shutdown)
     processes = [process for pid in engine.get_all_child_pids() for process in _family(pid)]
     for process in processes:

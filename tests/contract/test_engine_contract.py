@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import pickle
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -490,7 +492,7 @@ async def test_a_stop_ends_every_stream_and_nothing_is_left(site: Site) -> None:
 
 
 async def test_a_stop_ends_a_start(site: Site) -> None:
-    before = set(psutil.Process().children(recursive=True))
+    before = started_processes()
     engine = create(site.kind.backend, spec(site.backend, **site.kind.slow_start()))
     with site.kind.library():
         start = asyncio.create_task(engine.start())
@@ -499,16 +501,44 @@ async def test_a_stop_ends_a_start(site: Site) -> None:
         await engine.stop()
         with pytest.raises(EngineStartError, match="stopped"):
             await asyncio.wait_for(start, 1.0)
-    assert set(psutil.Process().children(recursive=True)) <= before
+    assert started_processes() <= before
 
 
 async def test_a_start_that_cannot_succeed_says_why_and_leaves_nothing(site: Site) -> None:
-    before = set(psutil.Process().children(recursive=True))
+    before = started_processes()
     engine = create(site.kind.backend, spec(site.backend, engine_args={"max_model_lenn": 5}))
     with site.kind.library(), pytest.raises(EngineStartError, match=r"engine_args\.max_model_lenn"):
         await engine.start()
     await engine.stop()
-    assert set(psutil.Process().children(recursive=True)) <= before
+    assert started_processes() <= before
+
+
+FAILING = [name for name, kind in KINDS.items() if kind.failing_start is not None]
+
+
+@pytest.mark.parametrize("backend", FAILING)
+async def test_a_start_that_fails_inside_ends_with_the_engines_own_words_and_leaves_nothing(backend: str) -> None:
+    kind = KINDS[backend]
+    assert kind.failing_start is not None
+    before = started_processes()
+    words = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    engine = create(kind.backend, spec(backend, attn_dp=2, moe_ep=2, **kind.failing_start(words)))
+    with kind.library(), pytest.raises(EngineStartError, match="Tried to allocate") as failed:
+        await asyncio.wait_for(engine.start(), 30.0)
+    await engine.stop()
+    assert pickle.loads(pickle.dumps(failed.value)).args == failed.value.args
+    assert started_processes() <= before
+
+
+@pytest.mark.parametrize("backend", FAILING)
+async def test_a_port_that_is_taken_is_a_failed_start_that_says_so(backend: str) -> None:
+    kind = KINDS[backend]
+    launch = spec(backend)
+    with socket.create_server((launch.place.address, launch.place.ports[0])):
+        engine = create(kind.backend, launch)
+        with kind.library(), pytest.raises(EngineStartError, match="Address already in use"):
+            await asyncio.wait_for(engine.start(), 30.0)
+        await engine.stop()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -679,7 +709,7 @@ async def test_a_stop_ends_a_start_that_waits_for_another_node(backend: str) -> 
     if kind.double is None:
         pytest.skip("its nodes do not wait for each other")
     launch = spec(backend, Role.PREFILL, attn_dp=2, moe_ep=2, nodes=(place(), place()))
-    before = set(psutil.Process().children(recursive=True))
+    before = started_processes()
     engine = create(kind.backend, launch)
     with kind.library():
         start = asyncio.create_task(engine.start())
@@ -688,7 +718,7 @@ async def test_a_stop_ends_a_start_that_waits_for_another_node(backend: str) -> 
         await engine.stop()
         with pytest.raises(EngineStartError, match="stopped"):
             await asyncio.wait_for(start, 1.0)
-    assert set(psutil.Process().children(recursive=True)) <= before
+    assert started_processes() <= before
     assert [port for port in launch.place.ports if listens(f"tcp://127.0.0.1:{port}")] == []
 
 
@@ -708,6 +738,12 @@ async def worker_of_two_nodes(backend: str, **fields: Any) -> AsyncIterator[list
         stack.push_async_callback(leader.stop)
         infos = await asyncio.gather(leader.start(), other.start())
         yield list(zip((leader, other), infos, strict=True))
+
+
+def started_processes() -> set[psutil.Process]:
+    """Ours and theirs, without the one that multiprocessing keeps for itself."""
+    children = psutil.Process().children(recursive=True)
+    return {child for child in children if "resource_tracker" not in " ".join(child.cmdline())}
 
 
 def kill_one(node: Any) -> None:

@@ -61,6 +61,8 @@ class Kind:
     pins_cores: bool = False
     slow_start: Callable[[], dict[str, Any]] = dict
     """Fields of a LaunchSpec with which a start takes longer than a second."""
+    failing_start: Callable[[str], dict[str, Any]] | None = None
+    """Fields with which an engine's process fails with these words."""
     several_ranks: bool = False
     """Whether it is cheap to start with two attention DP ranks."""
     several_nodes: bool = False
@@ -100,7 +102,18 @@ def _double(backend: str, version: str, variable: str, **fields: Any) -> Kind:
     def slow() -> dict[str, Any]:
         return {"model_path": _doubled_model("", start_s=60.0)}
 
-    return Kind(backend, _doubled_model, version=version, double=variable, slow_start=slow, **fields)
+    def failing(words: str) -> dict[str, Any]:
+        return {"model_path": _doubled_model("", failure=words)}
+
+    return Kind(
+        backend,
+        _doubled_model,
+        version=version,
+        double=variable,
+        slow_start=slow,
+        failing_start=failing,
+        **fields,
+    )
 
 
 for _version in ("0.5.16", "0.5.23"):
