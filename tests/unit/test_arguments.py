@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from typing import Any
 
 import pytest
@@ -47,7 +47,7 @@ def test_a_table_says_where_it_is_from_and_names_only_what_it_has(backend: str, 
         assert last in fields
 
 
-@pytest.mark.parametrize("backend", [name for name in SUPPORTED if importlib.util.find_spec(f"backends.{name}_args")])
+@pytest.mark.parametrize("backend", SUPPORTED)
 def test_what_we_own_is_there_and_refused_with_its_place(backend: str) -> None:
     owned: dict[str, str] = importlib.import_module(f"backends.{backend}_args").OWNED
     for name, instead in owned.items():

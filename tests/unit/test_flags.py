@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,10 @@ from backends import LaunchPlan, agreement, arguments, launch_plan, placeholders
 from backends.engine import LaunchSpec, NodePlace, Role
 from dynamo_ray.cli import flags as printing
 from dynamo_ray.cli.flags import Flags
+from dynamo_ray.config import LAUNCHERS
 from dynamo_ray.errors import ConfigError
 
-ADAPTERS = [
-    (backend, version)
-    for backend, versions in arguments.SUPPORTED.items()
-    for version in versions
-    if importlib.util.find_spec(f"backends.{backend}_args")
-]
+ADAPTERS = [(backend, version) for backend, versions in arguments.SUPPORTED.items() for version in versions]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -85,6 +80,37 @@ def test_replicas_are_said_once_and_simulated_engines_have_no_command() -> None:
     assert "simulated, in its worker's process" in said
 
 
+def test_tensorrt_llm_s_settings_are_shown_beside_its_command(tmp_path: Path) -> None:
+    role = {
+        "nodes": 4,
+        "parallelism": {"attn_dp": 16, "moe_ep": 16},
+        "engine_args": {
+            "max_batch_size": 128,
+            "cuda_graph_config": {"enable_padding": True, "batch_sizes": [1, 2, 4]},
+            "moe_config": {"backend": "CUTEDSL", "load_balancer": {"num_slots": 256, "layer_updates_per_iter": 1}},
+            "kv_cache_config": {"free_gpu_memory_fraction": 0.7, "dtype": "fp8"},
+            "speculative_config": {"decoding_type": "MTP", "num_nextn_predict_layers": 1},
+        },
+    }
+    args = {"backend": "trtllm", "engine_version": "1.3", "accelerator": "GB300", "prefill": role, "decode": role}
+    document = yaml.safe_load((CONFIGS / "deepseek-r1-wideep.yaml").read_text())
+    document["applications"][0]["args"] = {"model": {"name": "m", "path": "/m"}, **args}
+    file = tmp_path / "trtllm.yaml"
+    file.write_text(yaml.safe_dump(document))
+    (found,) = printing.flags(file, None)
+    decode = found.launches[1]
+    assert decode.plan.command == ("trtllm-serve", "/m", "--extra_llm_api_options", arguments.SETTINGS_FILE)
+    settings = yaml.safe_load(decode.plan.settings or "")
+    assert settings["tensor_parallel_size"] == settings["moe_expert_parallel_size"] == 16
+    assert settings["enable_attention_dp"] is True
+    assert settings["speculative_config"] == role["engine_args"]["speculative_config"]
+    assert "#   tensor_parallel_size: 16" in printing.text(found)
+    document["applications"][0]["args"]["decode"] = {**role, "engine_args": {"moe_config": {"backend": "WIDEEP"}}}
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(ConfigError, match=r"decode\.engine_args\.moe_config\.backend .*'WIDEEP' was removed in 1\.3"):
+        next(printing.flags(file, None))
+
+
 def test_json_has_the_arguments_and_the_command_of_each() -> None:
     made = printing.as_json(flags_of("local.yaml"))
     assert (made["backend"], made["version"]) == ("vllm", "0.32.0")
@@ -108,7 +134,10 @@ def test_what_an_adapter_starts_is_all_in_the_table_of_its_version(
     backend: str, version: str, on_cpu: bool, role: Role
 ) -> None:
     place = NodePlace("10.0.0.7", tuple(range(20_000, 20_100)))
-    wide = LaunchSpec("w", role, "m", "/m", attn_dp=2, moe_ep=2, nodes=(place,), loras={"sql": "/l"}, version=version)
+    wide = replace(
+        LaunchSpec("w", role, "m", "/m", attn_dp=2, moe_ep=2, nodes=(place,), loras={"sql": "/l"}, version=version),
+        launcher=LAUNCHERS[backend][0],
+    )
     for spec in (wide, replace(wide, attn_dp=1, attn_tp=2, kv_events=False, loras={})):
         launched = launch_plan(backend, version, spec, on_cpu=on_cpu, env={"MINE": "1"})
         assert arguments.mistakes(backend, version, launched.arguments, {}) == ()
