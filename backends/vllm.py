@@ -13,8 +13,8 @@ Several nodes, in the two ways that vLLM 0.32 and 0.33 have:
 A rank that dies ends its own node's engine at once; the others' fail in their next step, which needs it.
 
 Sockets: on the node's address, NIXL's handshakes and the nodes' meeting point on ports of ours and everything else on
-free ones that vLLM takes. Some listen on every address, because vLLM gives them none: with more than one rank, torch's
-TCPStore in the first.
+free ones that vLLM takes. One listens on every address: with more than one rank, torch's TCPStore in the first, to
+which vLLM gives no address.
 
 Blocks that a finished prefill leg holds are freed by the first of these: the decode engine has read them, or has
 refused the request before it was queued and told so over NIXL (vLLM's notify_kv_transfer_request_rejected; here
@@ -392,16 +392,18 @@ class VLLMEngine:
 
     async def _steps(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
         """vLLM's outputs as chunks, its errors as ours."""
-        from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
+        from vllm.exceptions import GenerationError, GracefulHTTPError, RetryableRequestError, VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
             kind = RequestOutputKind.FINAL_ONLY if request.leg is Role.PREFILL else RequestOutputKind.DELTA
-            params = SamplingParams(**vllm_requests.sampling_arguments(request), output_kind=kind)
+            words = vllm_requests.sampling_arguments(request)
             if (structure := request.sampling.structure) is not None and request.leg is not Role.PREFILL:
-                params.structured_outputs = StructuredOutputsParams(**vllm_requests.structure_arguments(structure))
+                shape = StructuredOutputsParams(**vllm_requests.structure_arguments(structure))
+                words["structured_outputs"] = shape
+            params = SamplingParams(**words, output_kind=kind)
             outputs = self._llm.generate(
                 tokens_input(request.token_ids, cache_salt=request.cache_salt),
                 params,
@@ -420,11 +422,11 @@ class VLLMEngine:
         except VLLMClientError as error:
             field = getattr(error, "parameter", None)
             raise EngineError(f"vLLM refused the request: {error}", retryable=False, field=field) from error
-        except (GracefulHTTPError, GenerationError) as error:
+        except (GracefulHTTPError, RetryableRequestError) as error:
             raise EngineError(f"vLLM takes no more requests: {error}") from error
         except EngineDeadError as error:
             raise EngineError(f"the vLLM engine {'was stopped' if self._llm is None else 'died'}") from error
-        except EngineGenerateError as error:
+        except (EngineGenerateError, GenerationError) as error:
             raise EngineError(f"vLLM lost the request: {error.__cause__ or error!r}") from error
 
 

@@ -98,7 +98,7 @@ def engine_args(spec: LaunchSpec, on_cpu: bool, tokenizer: bool = True) -> dict[
     Raises:
         EngineStartError: The layout is one that vLLM cannot start.
     """
-    _check_layout(spec)
+    _check_layout(spec, on_cpu)
     args: dict[str, Any] = dict(CPU_DEFAULTS) if on_cpu else {}
     args |= {
         **_loras(spec),
@@ -190,7 +190,7 @@ def cores_of_rank(cores: tuple[int, ...], num_ranks: int, rank: int) -> tuple[in
     return cores[rank * share : (rank + 1) * share]
 
 
-def _check_layout(spec: LaunchSpec) -> None:
+def _check_layout(spec: LaunchSpec, on_cpu: bool) -> None:
     ranks = _num_local_devices(spec)
     if spec.attn_dp % spec.num_nodes and (spec.attn_dp > 1 or spec.attn_tp * spec.pp % spec.num_nodes):
         raise EngineStartError(
@@ -209,6 +209,9 @@ def _check_layout(spec: LaunchSpec) -> None:
         raise EngineStartError(
             f"resources.cpus: {len(spec.cores)} cores do not divide among {ranks} ranks; use a multiple of {ranks}"
         )
+    if on_cpu and spec.pp > 1:
+        # Its later stages never make the buffers that they receive into, unless they are warmed up.
+        raise EngineStartError("parallelism.pp: vLLM's build for CPUs fails in the first step; use 1, and attn_tp")
     if spec.redundant_experts and spec.moe_ep == 1:
         raise EngineStartError(
             "parallelism.redundant_experts: vLLM balances experts only among ranks that share them out; set moe_ep, or "

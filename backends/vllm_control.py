@@ -68,7 +68,7 @@ class Control:
             case UpdateWeights(path):
                 await self._update_weights(path)
             case Sleep(discard_weights):
-                await self._empty_caches()
+                await self._pause_with_empty_caches()
                 await self._llm.sleep(level=2 if discard_weights else 1, mode="abort")
                 self._asleep = True
             case Wake():
@@ -81,21 +81,21 @@ class Control:
         """Requests inside are computed again from their beginning, with the new weights, and go on where they were."""
         if not await asyncio.to_thread(_has_weights, Path(path)):
             raise EngineError(f"{path} holds no weights on this node", retryable=False, field="path")
-        await self._empty_caches()
+        if self._asleep:
+            raise EngineError("the engine sleeps; wake it before it is given weights", retryable=False, field="command")
+        await self._pause_with_empty_caches()
         core = self._llm.engine_core
         await core.call_utility_all_async("collective_rpc", "reload_weights", None, (), {"weights_path": path})
         if not self._paused:
             await self._llm.resume_generation()
 
-    async def _empty_caches(self) -> None:
-        """Pause, with no cached prefix left.
-
-        A cache is emptied only as a whole. Running requests give their blocks back and are computed again later; what
-        is handed over, or being fetched, cannot be taken away, so it is waited for.
-        """
+    async def _pause_with_empty_caches(self) -> None:
+        """A cache is emptied only as a whole. Running requests give their blocks back and are computed again later;
+        what is handed over, or being fetched, cannot be taken away, so it is waited for."""
         deadline_s = time.monotonic() + HANDOFF_WAIT_S
         while True:
-            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            if not self._paused:
+                await self._llm.pause_generation(mode="keep", clear_cache=False)
             try:
                 if await self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
                     return

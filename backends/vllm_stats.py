@@ -65,4 +65,4 @@ class RankRecorder:
         """Nothing to print."""
 
     def record_sleep_state(self, is_awake: int, level: int) -> None:
-        """Our engines never sleep."""
+        """Nothing to note: who sends it to sleep knows."""

@@ -1,4 +1,4 @@
-"""DP2 + EP of vLLM over two nodes, each a process with an engine of its own, as node actors have them."""
+"""vLLM over two nodes, each a process with an engine of its own, as node actors have them: DP2 + EP, and TP2."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from engines import TINY_DEEPSEEK, Answer, collect, greedy, place, prompt, request, running, spec, wait_until_idle
+from engines import (
+    TINY_DEEPSEEK,
+    Answer,
+    answer,
+    collect,
+    greedy,
+    place,
+    prompt,
+    request,
+    running,
+    spec,
+    wait_until_idle,
+)
 from node_process import RemoteNode, node_process
 from reference import answers_of_transformers
 
@@ -49,24 +61,33 @@ def expected() -> list[list[int]]:
     return answers_of_transformers(PROMPTS, ANSWER_TOKENS)
 
 
+@asynccontextmanager
+async def two_nodes(role: Role, **shape: Any) -> AsyncIterator[tuple[VLLMEngine, RemoteNode]]:
+    """Both started."""
+    nodes = (place(), place())
+    specs = [
+        spec("vllm", role, TINY_DEEPSEEK, node_rank=rank, cores=(rank,), nodes=nodes, engine_args=ENGINE_ARGS, **shape)
+        for rank in range(len(nodes))
+    ]
+    first = VLLMEngine(specs[0])
+    async with node_process(specs[1], "vllm") as second:
+        try:
+            await asyncio.gather(first.start(), second.start())
+            yield first, second
+        finally:
+            await first.stop()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def worker() -> AsyncIterator[Worker]:
-    nodes = (place(), place())
-    shape: dict[str, Any] = {"attn_dp": 2, "moe_ep": 2, "nodes": nodes, "engine_args": ENGINE_ARGS}
-    specs = [
-        spec("vllm", Role.DECODE, TINY_DEEPSEEK, node_rank=rank, cores=(rank,), **shape) for rank in range(len(nodes))
-    ]
     async with AsyncExitStack() as stack:
-        second = await stack.enter_async_context(node_process(specs[1], "vllm"))
-        first = VLLMEngine(specs[0])
-        stack.push_async_callback(first.stop)
-        infos = await asyncio.gather(first.start(), second.start())
-        assert infos[0] is not None
-        assert infos[1] is not None
+        first, second = await stack.enter_async_context(two_nodes(Role.DECODE, attn_dp=2, moe_ep=2))
+        assert first.info is not None
+        assert second.info is not None
         prefill, _ = await stack.enter_async_context(
             running(spec("vllm", Role.PREFILL, TINY_DEEPSEEK, engine_args=ENGINE_ARGS), "vllm")
         )
-        yield Worker(first, second, (infos[0], infos[1]), prefill)
+        yield Worker(first, second, (first.info, second.info), prefill)
 
 
 async def test_each_node_serves_its_own_rank(worker: Worker) -> None:
@@ -113,3 +134,17 @@ async def test_a_nodes_dead_rank_ends_its_engine_at_once_and_the_other_nodes_wit
     with pytest.raises(EngineError, match="died"):
         await asyncio.wait_for(running_here, 30.0)
     assert "EngineCore_DP0" in await asyncio.wait_for(worker.first.died(), 10.0)
+
+
+async def test_one_ranks_devices_on_two_nodes_answer_through_the_leader_as_transformers_does(
+    expected: list[list[int]],
+) -> None:
+    async with two_nodes(Role.AGGREGATED, attn_tp=2) as (leader, other):
+        assert leader.info is not None
+        assert (leader.info.attn_dp_size, other.info) == (1, None)
+        got = await asyncio.gather(*(answer(leader, ids, greedy(ANSWER_TOKENS)) for ids in PROMPTS))
+        assert [each.tokens for each in got] == expected
+        os.kill(other.pids[0], signal.SIGKILL)
+        assert "VllmWorker-1" in await asyncio.wait_for(other.died(), 5.0)
+        with pytest.raises(EngineError, match="died"):
+            await asyncio.wait_for(answer(leader, PROMPTS[0], greedy(ANSWER_TOKENS)), 30.0)

@@ -64,6 +64,7 @@ def test_the_users_arguments_are_kept_and_beat_the_cpu_defaults() -> None:
         ("nodes", {"nodes": NODES, "attn_dp": 3}),
         ("nodes", {"nodes": NODES, "attn_dp": 3, "attn_tp": 2}),
         ("nodes", {"nodes": NODES, "attn_tp": 3}),
+        ("parallelism.pp", {"pp": 2}),
         ("ports", {"nodes": NODES, "attn_dp": 8}),
         ("parallelism.redundant_experts", {"attn_dp": 4, "redundant_experts": 4}),
         (
@@ -91,7 +92,7 @@ def test_every_node_runs_its_share_of_the_ranks_and_all_meet_at_the_leader() -> 
 
 
 def test_one_ranks_devices_may_be_on_several_nodes() -> None:
-    args = args_of(nodes=NODES, node_rank=1, attn_tp=8, pp=2)
+    args = args_of(on_cpu=False, nodes=NODES, node_rank=1, attn_tp=8, pp=2)
     assert [args[name] for name in ("nnodes", "node_rank", "master_addr", "master_port")] == [2, 1, "10.0.0.7", 21]
     assert "data_parallel_start_rank" not in args
     shares = [share(replace(SPEC, nodes=NODES, node_rank=rank, attn_tp=8)) for rank in (0, 1)]
@@ -120,9 +121,7 @@ def test_redundant_experts_are_balanced_with_the_users_own_settings() -> None:
 
 def test_experts_that_do_not_divide_among_the_ranks_are_refused() -> None:
     spec = replace(SPEC, attn_dp=6, moe_ep=6, redundant_experts=4)
-    with pytest.raises(
-        EngineStartError, match="256 experts and 4 more do not divide"
-    ):
+    with pytest.raises(EngineStartError, match="256 experts and 4 more do not divide"):
         check_model(spec, 256)
     check_model(replace(spec, redundant_experts=2), 256)
 
