@@ -74,8 +74,8 @@ $(SGLANG_VENV)/.engine: pyproject.toml $(SGLANG) $(SGLANG_NODEPS)
 
 setup-sglang-cpu: $(SGLANG_VENV)/.engine  ## Install SGLang 0.5.23 for CPU, in an environment of its own (1 GB)
 
-test-sglang-cpu: setup-sglang-cpu models  ## Run the engines' suite on a real SGLang on CPU, aggregated: 20 minutes
-	@sh tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python $(ARGS)
+test-sglang-cpu: setup-sglang-cpu models  ## Run the engines' suite on a real SGLang on CPU: 6 minutes
+	@tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python $(ARGS)
 
 clean:  ## Remove the environment and caches of this checkout
 	rm -rf $(VENV) .venv-bench $(SGLANG_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

@@ -1,5 +1,5 @@
-"""Lets SGLang be imported where there is no GPU: in place of libraries that have no build for CPUs, modules whose
-every name can be imported and none called.
+"""Lets SGLang run where there is no GPU: in place of libraries that have no build for CPUs, modules whose every name
+can be imported and none called; and its hand-over of KV between engines finds it in the host's memory.
 
 Python loads this by itself where its folder is on PYTHONPATH, in every process that SGLang starts too.
 """
@@ -10,10 +10,28 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 ABSENT = ("torchvision", "sgl_kernel")
+DISAGGREGATION = "sglang.srt.disaggregation"
+REPAIRS: dict[str, tuple[tuple[str, str], ...]] = {
+    f"{DISAGGREGATION}.decode": (('["VRAM"]', '["DRAM"]'),),
+    f"{DISAGGREGATION}.nixl.conn": (
+        ('["VRAM"]', '["DRAM"]'),
+        (', "VRAM")', ', "DRAM")'),
+        ('_runs), "VRAM"', '_runs), "DRAM"'),
+        ('mem_kind: str = "VRAM"', 'mem_kind: str = "DRAM"'),
+        ('mem_kind != "VRAM"', 'mem_kind != "DRAM"'),
+    ),
+    "sglang.srt.mem_cache.pool_host.common": (
+        (
+            "    cudart = torch.cuda.cudart()\n    base =",
+            "    if not torch.cuda.is_available():\n        return\n    cudart = torch.cuda.cudart()\n    base =",
+        ),
+    ),
+}
+"""What to replace in the source of these modules of SGLang 0.5.23, where it is found."""
 
 
 class _Absent:
@@ -43,6 +61,11 @@ class _Module(ModuleType):
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
+        if name in REPAIRS:
+            found = importlib.machinery.PathFinder.find_spec(name, path)
+            if found is not None and found.origin is not None:
+                found.loader = _Repaired(name, found.origin)
+            return found
         if name.partition(".")[0] in ABSENT:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
@@ -54,4 +77,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-sys.meta_path.append(_Finder())
+class _Repaired(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        text = self.get_data(self.path).decode()
+        for old, new in REPAIRS[fullname]:
+            if old not in text:
+                raise ImportError(f"{self.path}: no {old!r} to repair; is it another version?")
+            text = text.replace(old, new)
+        return compile(text, self.path, "exec", dont_inherit=True)
+
+
+sys.meta_path.insert(0, _Finder())
