@@ -16,7 +16,6 @@ LARGEST_PLAIN_EP = 8
 """Up to here TensorRT-LLM 1.2 spreads experts without its MoE backend WIDEEP."""
 MAX_LOGPROBS = 20
 """TensorRT-LLM takes up to 100; this is OpenAI's limit."""
-SLEEP_TAGS = ("model", "kv_cache")
 
 OWNED: dict[str, str] = {
     "model": "model.path",
@@ -171,12 +170,6 @@ def features(spec: LaunchSpec, version: str) -> tuple[Feature, ...]:
     if masks_tokens(spec):
         found += [Feature.JSON_OBJECT, Feature.JSON_SCHEMA, Feature.REGEX, Feature.GRAMMAR]
     return tuple(found)
-
-
-def controls(spec: LaunchSpec) -> tuple[str, ...]:
-    """New weights come to its workers as handles to GPU memory only, not from a folder."""
-    sleeps = spec.engine_args.get("enable_sleep") or spec.engine_args.get("sleep_config") is not None
-    return ("sleep", "wake") if sleeps else ()
 
 
 def bundle_indices(spec: LaunchSpec) -> list[int]:

@@ -6,7 +6,16 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backends.engine import EngineError, FinishReason, GenerateRequest, KVHandoff, Role, Sampling, TokenLogprob
+from backends.engine import (
+    EngineError,
+    FinishReason,
+    GenerateRequest,
+    KVHandoff,
+    Role,
+    Sampling,
+    TokenChunk,
+    TokenLogprob,
+)
 
 HANDED_OVER = {
     "1.2": ("first_gen_tokens", "ctx_request_id", "opaque_state", "draft_tokens"),
@@ -21,6 +30,7 @@ HANDED_OVER = {
     ),
 }
 """Fields of DisaggregatedParams that prefill fills in and decode is given as they are."""
+WARM_UP = Sampling(max_tokens=4, temperature=0.0)
 FIRST_LOGPROBS = "first_logprobs"
 """In a hand-off, beside those: of every first token, [token, logprob, rank] of it and its alternatives."""
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "not_finished": "length", "cancelled": "abort"}
@@ -29,7 +39,7 @@ Entry = Mapping[int, Any]
 """What TensorRT-LLM tells of one token: its Logprob and those of alternatives, by token."""
 
 
-def sampling_arguments(sampling: Sampling, leg: Role) -> dict[str, Any]:
+def sampling_arguments(sampling: Sampling, leg: Role, version: str) -> dict[str, Any]:
     """The keyword arguments of TensorRT-LLM's SamplingParams.
 
     A prefill leg is told of no stop token: it hands KV over only when its one token has ended it by length.
@@ -65,7 +75,10 @@ def sampling_arguments(sampling: Sampling, leg: Role) -> dict[str, Any]:
     if sampling.seed is not None:
         args["seed"] = sampling.seed
     if sampling.logprobs is not None:
-        args["logprobs"] = sampling.logprobs
+        if leg is not Role.AGGREGATED and version == "1.2":
+            # Its decode side has none of the token that prefill sampled, and breaks off for it (_handle_sequence).
+            raise EngineError("TensorRT-LLM 1.2 has no logprobs of an answer that is handed over", False, "logprobs")
+        args["logprobs"] = max(1, sampling.logprobs)  # 1.2 takes 0 for none
     return args
 
 
@@ -94,11 +107,9 @@ def priority(ours: int) -> float:
     return 0.5 + ours / (2 * (1 + abs(ours)))
 
 
-def scheduling_arguments(request: GenerateRequest) -> dict[str, Any] | None:
-    """The keyword arguments of SchedulingParams; None: any rank."""
-    if request.dp_rank is None:
-        return None
-    return {"attention_dp_rank": request.dp_rank, "attention_dp_relax": False}
+def scheduling_arguments(rank: int) -> dict[str, Any]:
+    """The keyword arguments of SchedulingParams that pin a request to that rank and let it go to no other."""
+    return {"attention_dp_rank": rank, "attention_dp_relax": False}
 
 
 def disaggregation_arguments(request: GenerateRequest, version: str) -> dict[str, Any] | None:
@@ -132,6 +143,54 @@ def handoff(disaggregated_params: Any, logprobs: Sequence[Entry], version: str) 
             [[token, told.logprob, told.rank] for token, told in entry.items()] for entry in logprobs
         ]
     return KVHandoff(params)
+
+
+def entries(told: Sequence[Sequence[Sequence[Any]]], logprob_class: Any) -> list[dict[int, Any]]:
+    """What `handoff` wrote of the first tokens' logprobs, as TensorRT-LLM's own again."""
+    return [{token: logprob_class(logprob, rank) for token, logprob, rank in of_token} for of_token in told]
+
+
+class OutputReader:
+    """Reads one request's outputs, each of which holds all of its tokens so far.
+
+    On a decode leg they begin with the token that prefill sampled. TensorRT-LLM checks only what it samples itself
+    against stop tokens and the limit, so that one is checked here.
+    """
+
+    def __init__(self, request: GenerateRequest, local_cache: bool) -> None:
+        self._request = request
+        self._local_cache = local_cache
+        self._read = 0
+
+    def chunk(self, output: Any) -> TokenChunk | None:
+        """What is new in this output; None: nothing.
+
+        A decode engine with a cache of its own does not tell how much of the prompt was in it.
+        """
+        request, sampling = self._request, self._request.sampling
+        (completion,) = output.outputs
+        tokens = list(completion.token_ids[self._read :])
+        reason = finish_reason(completion.finish_reason)
+        if reason == "abort":
+            return TokenChunk(request.request_id, [], "abort")
+        if not tokens and reason is None:
+            return None
+        first = self._read == 0
+        if first and tokens and request.leg is Role.DECODE:
+            if tokens[0] in sampling.stop_token_ids and sampling.min_tokens <= 1:
+                tokens, reason = tokens[:1], "stop"
+            elif sampling.max_tokens == 1:
+                tokens, reason = tokens[:1], "length"
+        cached, transferred = None, None
+        if first and request.leg is not Role.DECODE:
+            cached = output.cached_tokens
+        elif first and not self._local_cache:
+            cached, transferred = 0, len(request.token_ids)
+        logprobs = None
+        if sampling.logprobs is not None:
+            logprobs = token_logprobs(tokens, completion.logprobs[self._read :], sampling.logprobs)
+        self._read += len(tokens)
+        return TokenChunk(request.request_id, tokens, reason, logprobs, cached, transferred)
 
 
 def finish_reason(reason: str | None) -> FinishReason | None:

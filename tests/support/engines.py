@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from doubles import loader
@@ -63,6 +63,9 @@ class Kind:
     """Fields of a LaunchSpec with which a start takes longer than a second."""
     failing_start: Callable[[str], dict[str, Any]] | None = None
     """Fields with which an engine's process fails with these words."""
+    launcher: Literal["processes", "ray"] = "processes"
+    takes_ports: bool = True
+    """Of those that a node is given."""
     several_ranks: bool = False
     """Whether it is cheap to start with two attention DP ranks."""
     several_nodes: bool = False
@@ -119,6 +122,10 @@ def _double(backend: str, version: str, variable: str, **fields: Any) -> Kind:
 for _version in ("0.5.16", "0.5.23"):
     KINDS[f"sglang-{_version}"] = _double(
         "sglang", _version, "SGLANG_DOUBLE_VERSION", several_ranks=True, several_nodes=True
+    )
+for _version in ("1.2", "1.3"):
+    KINDS[f"trtllm-{_version}"] = _double(
+        "trtllm", _version, "TRTLLM_DOUBLE_VERSION", several_ranks=True, launcher="ray", takes_ports=False
     )
 REAL = os.environ.get("CONTRACT_BACKEND")
 """A backend whose library is installed here, for the contract suite to run on instead of all the others. Its model's
@@ -196,6 +203,7 @@ def spec(backend: str, role: Role = Role.AGGREGATED, model: str = SMOLLM2, **fie
         path,
         cores=cores if kind.pins_cores else (),
         version=kind.version,
+        launcher=kind.launcher,
         engine_args=args,
         **fields,
     )
@@ -313,8 +321,8 @@ def listens(endpoint: str) -> bool:
 
 
 def engine_processes(engine: Engine) -> list[psutil.Process]:
-    """The processes a real engine started; a simulated one starts none."""
-    started = getattr(engine, "processes", list)()
+    """The processes a real engine started, or a double's in place of its Ray actors; a simulated one starts none."""
+    started = getattr(engine, "processes", getattr(engine, "workers", list))()
     return [psutil.Process(process.pid) for process in started]
 
 

@@ -14,7 +14,6 @@ from backends.trtllm_args import (
     OWNED,
     bundle_indices,
     caches_prefixes,
-    controls,
     engine_args,
     environment,
     features,
@@ -141,12 +140,6 @@ def test_features_follow_from_arguments_and_version() -> None:
     guided = spec(engine_args={"guided_decoding_backend": "xgrammar"})
     assert {Feature.JSON_OBJECT, Feature.JSON_SCHEMA, Feature.REGEX, Feature.GRAMMAR} <= set(features(guided, "1.2"))
     assert engine_args(guided, "1.2")["skip_tokenizer_init"] is False
-
-
-def test_it_sleeps_where_it_was_told_that_it_may() -> None:
-    assert controls(spec()) == ()
-    assert controls(spec(engine_args={"enable_sleep": True})) == ("sleep", "wake")
-    assert controls(spec(engine_args={"sleep_config": {}})) == ("sleep", "wake")
 
 
 def test_a_rank_takes_a_gpu_of_its_nodes_bundle() -> None:

@@ -31,7 +31,7 @@ def told(logprob: float, rank: int = 1) -> Any:
 
 def test_sampling_is_told_in_full_and_stop_tokens_are_part_of_the_answer() -> None:
     sampling = Sampling(9, 0.7, 0.9, 40, 0.1, 0.2, 0.3, 1.1, seed=5, stop_token_ids=(7, 8), logprobs=2)
-    assert sampling_arguments(sampling, Role.DECODE) == {
+    assert sampling_arguments(sampling, Role.DECODE, "1.3") == {
         "end_id": -1,
         "pad_id": 0,
         "max_tokens": 9,
@@ -50,19 +50,31 @@ def test_sampling_is_told_in_full_and_stop_tokens_are_part_of_the_answer() -> No
     }
 
 
+def test_logprobs_of_the_token_alone_are_asked_for_as_one_and_not_over_a_hand_off_in_1_2() -> None:
+    sampling = Sampling(9, logprobs=0)
+    assert sampling_arguments(sampling, Role.AGGREGATED, "1.2")["logprobs"] == 1
+    assert sampling_arguments(sampling, Role.PREFILL, "1.3")["logprobs"] == 1
+    for leg in (Role.PREFILL, Role.DECODE):
+        with pytest.raises(EngineError) as refusal:
+            sampling_arguments(sampling, leg, "1.2")
+        assert (refusal.value.retryable, refusal.value.field) == (False, "logprobs")
+
+
 def test_prefill_ends_by_length_alone() -> None:
-    args = sampling_arguments(Sampling(9, stop_token_ids=(7,), min_tokens=4), Role.PREFILL)
+    args = sampling_arguments(Sampling(9, stop_token_ids=(7,), min_tokens=4), Role.PREFILL, "1.3")
     assert args["max_tokens"] == 1
     assert "stop_token_ids" not in args
     assert (args["end_id"], args.get("min_tokens")) == (-1, None)
 
 
 def test_min_tokens_holds_back_the_one_stop_token_there_is() -> None:
-    args = sampling_arguments(Sampling(9, stop_token_ids=(7,), min_tokens=4), Role.AGGREGATED)
+    args = sampling_arguments(Sampling(9, stop_token_ids=(7,), min_tokens=4), Role.AGGREGATED, "1.3")
     assert (args["end_id"], args["min_tokens"]) == (7, 4)
-    assert "min_tokens" not in sampling_arguments(Sampling(9, min_tokens=4), Role.AGGREGATED), "nothing would end it"
+    assert "min_tokens" not in sampling_arguments(Sampling(9, min_tokens=4), Role.AGGREGATED, "1.3"), (
+        "nothing would end it"
+    )
     with pytest.raises(EngineError) as refusal:
-        sampling_arguments(Sampling(9, stop_token_ids=(7, 8), min_tokens=4), Role.AGGREGATED)
+        sampling_arguments(Sampling(9, stop_token_ids=(7, 8), min_tokens=4), Role.AGGREGATED, "1.3")
     assert (refusal.value.retryable, refusal.value.field) == (False, "min_tokens")
 
 
@@ -95,8 +107,7 @@ def test_a_call_by_version() -> None:
 
 
 def test_a_rank_is_pinned_without_relaxing() -> None:
-    assert scheduling_arguments(request(dp_rank=3)) == {"attention_dp_rank": 3, "attention_dp_relax": False}
-    assert scheduling_arguments(request()) is None
+    assert scheduling_arguments(3) == {"attention_dp_rank": 3, "attention_dp_relax": False}
 
 
 def test_what_prefill_tells_reaches_decode_as_it_is() -> None:

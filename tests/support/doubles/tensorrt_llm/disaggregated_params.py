@@ -1,0 +1,3 @@
+from tensorrt_llm.recorded import data_class
+
+DisaggregatedParams = data_class("DisaggregatedParams")

@@ -1,0 +1,3 @@
+from tensorrt_llm.recorded import data_class
+
+LoRARequest = data_class("LoRARequest", kw_only=False)
