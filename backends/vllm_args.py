@@ -169,6 +169,8 @@ def environment(
         "HF_HUB_OFFLINE": "1",
         # Prefill and decode then publish the same hash for the same block.
         "PYTHONHASHSEED": "0",
+        # A fork of a process with threads, which vLLM's default may be, can hang.
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
     }
     if spec.role is not Role.AGGREGATED:
         must |= {

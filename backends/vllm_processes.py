@@ -26,7 +26,9 @@ def run_engine_core(*args: Any, dp_rank: int = 0, local_dp_rank: int = 0, **kwar
     redirect_output()
     pin_to_cores(local_dp_rank)
     from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.executor.multiproc_executor import WorkerProc
 
+    WorkerProc.worker_main = staticmethod(run_worker)
     EngineCoreProc.run_engine_core(*args, dp_rank=dp_rank, local_dp_rank=local_dp_rank, **kwargs)
 
 
@@ -40,10 +42,11 @@ def run_coordinator(*args: Any, **kwargs: Any) -> None:
 
 
 def run_worker(*args: Any, **kwargs: Any) -> None:
-    """Main of one device's process, on a node that lends its devices to the leader; in place of WorkerProc.worker_main.
+    """Main of one device's process, where a rank is several devices; in place of WorkerProc.worker_main.
 
-    On the leader an engine core starts these, and ends them with itself. The thread that starts one may end before it
-    (vLLM 0.33 starts them from a pool), so it is tied to the process alone.
+    The thread that starts one may end before it (vLLM 0.33 starts them from a pool), so it is tied to the process
+    alone: an engine core, or ours on a node that lends its devices to the leader. vLLM ties it too, but not while it
+    waits for the other nodes.
     """
     redirect_output()
     threading.Thread(target=_exit_with_parent, name="exit-with-parent", daemon=True).start()
@@ -60,7 +63,7 @@ def _exit_with_parent() -> None:
 
 
 def launch_with_our_mains() -> None:
-    """Have vLLM start its processes with the functions above; only in this process, not in those it starts."""
+    """Have vLLM start its processes with the functions above, from this process."""
     from vllm.v1.engine.coordinator import DPCoordinatorProc
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor.multiproc_executor import WorkerProc

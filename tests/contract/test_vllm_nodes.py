@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 from engines import (
@@ -28,7 +31,7 @@ from engines import (
 from node_process import RemoteNode, node_process
 from reference import answers_of_transformers
 
-from backends.engine import Engine, EngineError, EngineInfo, GenerateRequest, Role
+from backends.engine import Engine, EngineError, EngineInfo, EngineStartError, GenerateRequest, Role
 from backends.vllm import VLLMEngine
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
@@ -148,3 +151,51 @@ async def test_one_ranks_devices_on_two_nodes_answer_through_the_leader_as_trans
         assert "VllmWorker-1" in await asyncio.wait_for(other.died(), 5.0)
         with pytest.raises(EngineError, match="died"):
             await asyncio.wait_for(answer(leader, PROMPTS[0], greedy(ANSWER_TOKENS)), 30.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "node_rank", "titles"),
+    [
+        ({"attn_dp": 2, "moe_ep": 2}, 0, {"EngineCore_DP0", "DPCoordinator"}),
+        ({"attn_dp": 2, "moe_ep": 2}, 1, {"EngineCore_DP1"}),
+        ({"attn_tp": 2}, 0, {"EngineCore", "Worker"}),
+        ({"attn_tp": 2}, 1, {"Worker"}),
+    ],
+)
+async def test_a_node_that_waits_for_another_can_be_given_up_and_leaves_nothing(
+    shape: dict[str, int], node_rank: int, titles: set[str]
+) -> None:
+    alone = spec("vllm", model=TINY_DEEPSEEK, nodes=(place(), place()), node_rank=node_rank, cores=(0,), **shape)
+    engine = VLLMEngine(alone)
+    before = children()
+    start = asyncio.create_task(engine.start())
+    await wait_until_they_wait(before, titles)
+    assert not start.done(), start
+    started, stopping = children() - before, time.monotonic()
+    await engine.stop()
+    assert time.monotonic() - stopping < 10.0
+    with pytest.raises(EngineStartError, match="stopped while it was starting"):
+        await start
+    _, alive = psutil.wait_procs(started, timeout=3.0)
+    assert alive == []
+
+
+def children() -> set[psutil.Process]:
+    """Ours, but for multiprocessing's resource tracker, which is Python's and ends with us."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                found.add(child)
+    return found
+
+
+async def wait_until_they_wait(before: set[psutil.Process], titles: set[str]) -> None:
+    """Until the processes with these titles are there, and have used no more than a moment's CPU in two seconds."""
+    used_s = -1.0
+    while True:
+        await asyncio.sleep(2.0)
+        found = {child.name().removeprefix("VLLM::"): sum(child.cpu_times()[:2]) for child in children() - before}
+        if titles <= found.keys() and sum(found.values()) - used_s < 0.2:
+            return
+        used_s = sum(found.values())

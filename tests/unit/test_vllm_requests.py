@@ -5,8 +5,15 @@ from typing import Any
 
 import pytest
 
-from backends.engine import EngineError, GenerateRequest, KVHandoff, Role, Sampling, TokenChunk, TokenLogprob
-from backends.vllm_requests import PromptSources, chunk, prefill_chunk, sampling_arguments, token_logprobs
+from backends.engine import EngineError, GenerateRequest, KVHandoff, Role, Sampling, Structure, TokenChunk, TokenLogprob
+from backends.vllm_requests import (
+    PromptSources,
+    chunk,
+    prefill_chunk,
+    sampling_arguments,
+    structure_arguments,
+    token_logprobs,
+)
 
 HANDOFF = KVHandoff({"remote_request_id": "x"})
 
@@ -84,3 +91,16 @@ def test_the_chosen_token_is_among_the_alternatives_only_by_its_rank() -> None:
     positions = [{9: Entry(-3.0, 40), 5: Entry(-0.5, 1), 6: Entry(-1.0, 2)}]
     assert token_logprobs([9], positions, 2) == [TokenLogprob(9, -3.0, [(5, -0.5), (6, -1.0)])]
     assert token_logprobs([9], [{9: Entry(-3.0, 40)}], 0) == [TokenLogprob(9, -3.0, [])]
+
+
+@pytest.mark.parametrize(
+    ("structure", "arguments"),
+    [
+        (Structure("json_object"), {"json_object": True}),
+        (Structure("json_schema", '{"type": "integer"}'), {"json": '{"type": "integer"}'}),
+        (Structure("regex", "[a-z]+"), {"regex": "[a-z]+"}),
+        (Structure("grammar", 'root ::= "yes"'), {"grammar": 'root ::= "yes"'}),
+    ],
+)
+def test_a_structure_in_vllms_words(structure: Structure, arguments: dict[str, object]) -> None:
+    assert structure_arguments(structure) == arguments

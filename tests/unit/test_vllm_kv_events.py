@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from backends.arguments import SUPPORTED
+from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decoder
+from backends.vllm import WIRE_FORMATS
+
+STORED = {
+    "type": "BlockStored",
+    "block_hashes": [11, 12],
+    "parent_block_hash": 10,
+    "token_ids": [1, 2, 3, 4],
+    "block_size": 2,
+    "lora_id": 1,
+    "medium": "GPU",
+    "lora_name": "poet",
+    "extra_keys": [("salt",), None],
+    "group_idx": 0,
+    "kv_cache_spec_kind": "full_attention",
+}
+"""The fields of vllm.distributed.kv_events.BlockStored, 0.32 and 0.33."""
+NEW = {"vllm-0.32": {}, "vllm-0.33": {"lookahead_token_ids": [[3], [5]]}}
+"""What a version adds."""
+
+
+def frames(*events: dict[str, Any]) -> list[bytes]:
+    return [b"", (7).to_bytes(8, "big"), msgspec.msgpack.encode([0.5, list(events), 1])]
+
+
+@pytest.mark.parametrize("wire_format", NEW)
+def test_events_of_each_version_are_read(wire_format: str) -> None:
+    removed = {"type": "BlockRemoved", "block_hashes": [11], "medium": "GPU", "group_idx": 0}
+    batch = decoder(wire_format)(frames({**STORED, **NEW[wire_format]}, removed, {"type": "AllBlocksCleared"}))
+    assert (batch.sequence, batch.dp_rank) == (7, 1)
+    assert batch.events == [
+        BlockStored([11, 12], 10, [1, 2, 3, 4], 2, "GPU", "poet", "salt"),
+        BlockRemoved([11], "GPU"),
+        AllBlocksCleared(),
+    ]
+
+
+def test_every_supported_version_has_a_format_that_is_read() -> None:
+    assert WIRE_FORMATS.keys() == set(SUPPORTED["vllm"])
+    for wire_format in WIRE_FORMATS.values():
+        decoder(wire_format)
