@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -18,29 +19,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends import admission, arguments, failures, trtllm_args, trtllm_ray, trtllm_requests
+from backends import admission, arguments, failures, trtllm_args, trtllm_objects, trtllm_ray, trtllm_requests
 from backends.engine import (
     Command,
     EngineError,
     EngineInfo,
     EngineStartError,
     GenerateRequest,
-    KVEventSource,
     LaunchSpec,
     RankLoad,
     Role,
     TokenChunk,
 )
-from backends.kv_events import KVEventBatch
-from backends.kv_publisher import KVEventPublisher
 from backends.processes import Launcher
 from backends.startup import Startup
-from backends.trtllm_events import EventReader
+from backends.trtllm_reports import Reports
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 """Between two looks at statistics and KV events."""
+SILENT_S = 1.0
 WATCH_S = 0.25
 """Between two questions to the ranks whether they live."""
 KILL_S = 0.1
@@ -66,15 +65,6 @@ class _Inside:
     lost: str | None = None
 
 
-@dataclass
-class _Rank:
-    """What TensorRT-LLM told last of one attention DP rank."""
-
-    kv_used_blocks: int | None = None
-    sequence: int = 0
-    publisher: KVEventPublisher | None = None
-
-
 class _Model(NamedTuple):
     """What its config.json tells."""
 
@@ -93,9 +83,7 @@ class TensorRTLLMEngine:
         self._llm: Any = None
         self._model: _Model | None = None
         self._workers: tuple[Any, ...] = ()
-        self._ranks: list[_Rank] = [_Rank() for _ in range(spec.attn_dp)]
-        self._kv_total_blocks: int | None = None
-        self._reader: EventReader | None = None
+        self._reports = Reports(spec.attn_dp)
         self._inside: dict[str, _Inside] = {}
         self._held: dict[str, Any] = {}
         """Outputs of prefill legs that have handed over, until the decode side has their KV."""
@@ -176,6 +164,7 @@ class TensorRTLLMEngine:
             return None
         group = self._placement_group() if spec.bundles else None
         must, defaults = trtllm_args.environment(spec)
+        os.environ["TLLM_DISABLE_MPI"] = must["TLLM_DISABLE_MPI"]  # it asks for it whenever it runs (mpi_disabled)
         try:
             self._model = _model_of(spec)
             self._llm = await self._launched(self._launcher.run(lambda: self._launch(group), _end, must, defaults))
@@ -201,6 +190,8 @@ class TensorRTLLMEngine:
             while not launch.done():
                 self._kill_workers()
                 await asyncio.wait([launch], timeout=KILL_S)
+            if not launch.cancelled() and launch.exception() is None:
+                self._llm = launch.result()
             raise
 
     def _launch(self, group: Any) -> Any:
@@ -234,8 +225,10 @@ class TensorRTLLMEngine:
         def create_workers(made: Any, *args: Any, **kwargs: Any) -> None:
             if self._launcher.cancelled:
                 raise EngineStartError("the start was given up")
-            original(made, *args, **kwargs)
-            self._workers = tuple(made.workers)
+            try:
+                original(made, *args, **kwargs)
+            finally:
+                self._workers = tuple(made.workers)
 
         executor.create_workers = create_workers
         try:
@@ -249,16 +242,25 @@ class TensorRTLLMEngine:
             GenerateRequest(f"warm-up-{rank}", WARM_UP_TOKENS, trtllm_requests.WARM_UP, dp_rank=rank)
             for rank in range(self.spec.attn_dp)
         ]
-        await asyncio.gather(*(self._submit(each, each.dp_rank or 0).aresult() for each in requests))
+        answers: asyncio.Future[Any] = asyncio.gather(
+            *(self._submit(each, each.dp_rank or 0).aresult() for each in requests)
+        )
+        assert self._death is not None
+        waiting: list[asyncio.Future[Any]] = [answers, self._death]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if self._death.done():
+            answers.cancel()
+            raise EngineStartError(f"TensorRT-LLM died while it started: {self._death.result()}")
+        await answers
 
     async def _describe(self) -> EngineInfo:
         spec, llm, version = self.spec, self._llm, self._version
         assert self._model is not None
         block_size = llm.args.kv_cache_config.tokens_per_block
-        self._reader = EventReader(block_size)
-        await self._first_statistics()
-        assert self._kv_total_blocks is not None
+        total = await self._cache_size()
         limit = llm.args.max_seq_len or self._model.max_positions
+        publishes = trtllm_args.publishes_events(spec)
+        sources = self._reports.open(spec.place.address, block_size) if publishes else ()
         return EngineInfo(
             backend="trtllm",
             version=version,
@@ -266,37 +268,26 @@ class TensorRTLLMEngine:
             role=spec.role,
             attn_dp_size=spec.attn_dp,
             block_size=block_size,
-            max_model_len=min(limit, self._kv_total_blocks * block_size),
-            kv_total_blocks=self._kv_total_blocks,
+            max_model_len=min(limit, total * block_size),
+            kv_total_blocks=total,
             handoff="none" if spec.role is Role.AGGREGATED else "sequential",
             caches_prefixes=trtllm_args.caches_prefixes(spec),
-            kv_event_sources=self._open_publishers(),
+            kv_event_sources=sources,
             max_logprobs=trtllm_args.MAX_LOGPROBS,
             features=trtllm_args.features(spec, version),
             loras=tuple(spec.loras),
         )
 
-    async def _first_statistics(self) -> None:
-        """Wait for the size of the KV cache, which TensorRT-LLM tells with its first iterations."""
-        deadline = asyncio.get_running_loop().time() + STATS_TIMEOUT_S
-        while self._kv_total_blocks is None:
-            if asyncio.get_running_loop().time() > deadline:
+    async def _cache_size(self) -> int:
+        """In blocks, of one rank; TensorRT-LLM tells it with its first iterations."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + STATS_TIMEOUT_S
+        while self._reports.kv_total_blocks is None:
+            if loop.time() > deadline:
                 raise EngineStartError(f"TensorRT-LLM told no statistics within {STATS_TIMEOUT_S:.0f} s of its start")
-            self._take_statistics(await asyncio.to_thread(self._fetch, "fetch_stats_async"))
+            await asyncio.to_thread(self._reports.take_statistics, self._llm._executor)
             await asyncio.sleep(POLL_S)
-
-    def _open_publishers(self) -> tuple[KVEventSource, ...]:
-        """One a rank, on the leader: TensorRT-LLM gathers every rank's events there."""
-        if not trtllm_args.publishes_events(self.spec):
-            return ()
-        sources = []
-        for number, rank in enumerate(self._ranks):
-            try:
-                rank.publisher = publisher = KVEventPublisher(self.spec.place.address)
-            except OSError as error:
-                raise EngineStartError(f"cannot listen on {self.spec.place.address}: {error}") from error
-            sources.append(KVEventSource(number, publisher.endpoint, publisher.replay_endpoint, "simulated-1"))
-        return tuple(sources)
+        return self._reports.kv_total_blocks
 
     async def _watch(self) -> None:
         """Its executor does not see a worker die, and would wait for ever for what that one does not send."""
@@ -307,7 +298,7 @@ class TensorRTLLMEngine:
                 if self._llm._executor is None or self._llm._executor.workers is None:
                     raise RuntimeError("TensorRT-LLM shut its executor down")
             except Exception as error:  # noqa: BLE001 - whatever Ray says of an actor that is gone
-                self._die(f"one of its ranks is gone: {_first_line(error)}")
+                self._die(f"one of its ranks is gone: {trtllm_objects.first_line(error)}")
                 return
             await asyncio.sleep(WATCH_S)
 
@@ -317,50 +308,27 @@ class TensorRTLLMEngine:
         self._lose_all(f"the TensorRT-LLM engine died: {reason}")
 
     async def _poll(self) -> None:
+        reports, executor = self._reports, self._llm._executor
         while True:
             try:
-                self._take_statistics(await asyncio.to_thread(self._fetch, "fetch_stats_async"))
-                if trtllm_args.publishes_events(self.spec):
-                    self._publish(await asyncio.to_thread(self._fetch, "fetch_kv_cache_events_async"))
+                await asyncio.to_thread(reports.take_statistics, executor)
+                if reports.publishes:
+                    reports.publish(await asyncio.to_thread(reports.fetch_events, executor))
             except Exception as error:  # noqa: BLE001 - the engine may be dying; who watches it says so
-                log.info("TensorRT-LLM tells nothing of itself: %s", _first_line(error))
-                await asyncio.sleep(1.0)
+                log.info("TensorRT-LLM tells nothing of itself: %s", trtllm_objects.first_line(error))
+                await asyncio.sleep(SILENT_S)
             await asyncio.sleep(POLL_S)
-
-    def _fetch(self, method: str) -> list[Any]:
-        """From its first worker. The LLM's own get_stats and get_kv_cache_events wait on queues that its Ray executor
-        does not fill, in 1.2 and 1.3 (RpcExecutorMixin.setup_mainloop fetches responses alone)."""
-        told = getattr(self._llm._executor.rpc_client, method)().remote()
-        return [json.loads(each) if isinstance(each, str) else each for each in told]
-
-    def _take_statistics(self, told: list[Any]) -> None:
-        for each in told:
-            cache = each.get("kvCacheStats")
-            if cache is None:
-                continue
-            self._kv_total_blocks = self._kv_total_blocks or cache["maxNumBlocks"]
-            rank = each.get("attentionDpRank") or 0
-            if rank < len(self._ranks):
-                self._ranks[rank].kv_used_blocks = cache["usedNumBlocks"]
-
-    def _publish(self, told: list[Any]) -> None:
-        assert self._reader is not None
-        for number, events in self._reader.read(told).items():
-            rank = self._ranks[number]
-            if rank.publisher is not None and events:
-                rank.publisher.publish(KVEventBatch(rank.sequence, number, events))
-                rank.sequence += 1
 
     def _rank_load(self, rank: int) -> RankLoad:
         """TensorRT-LLM tells of an iteration, and nothing when the last request has left."""
         assert self.info is not None
         inside = [each for each in self._inside.values() if each.rank == rank]
         running = sum(each.num_tokens > 0 for each in inside)
-        used = self._ranks[rank].kv_used_blocks
+        used = self._reports.kv_used_blocks(rank)
         if used is None:  # 1.2 tells of the first rank only
             size = self.info.block_size
             used = sum(-(-(len(each.request.token_ids) + each.num_tokens) // size) for each in inside)
-        elif not inside and self.spec.role is not Role.PREFILL:
+        elif not inside and not self._held:
             used = 0
         return RankLoad(rank, running, len(inside) - running, used, self.info.kv_total_blocks)
 
@@ -379,42 +347,7 @@ class TensorRTLLMEngine:
         return self.info
 
     def _submit(self, request: GenerateRequest, rank: int) -> Any:
-        """Its RequestOutput. On our loop: it makes the queue of answers for the loop that it is called on."""
-        from tensorrt_llm import llmapi as api
-        from tensorrt_llm.scheduling_params import SchedulingParams
-
-        sampling = trtllm_requests.sampling_arguments(request.sampling, request.leg, self._version)
-        guide = trtllm_requests.guide_arguments(request.sampling)
-        if guide is not None:
-            sampling["guided_decoding"] = api.GuidedDecodingParams(**guide)
-        args = trtllm_requests.call_arguments(request, self._version)
-        if self.spec.attn_dp > 1:
-            args["scheduling_params"] = SchedulingParams(**trtllm_requests.scheduling_arguments(rank))
-        legs = trtllm_requests.disaggregation_arguments(request, self._version)
-        if legs is not None:
-            args["disaggregated_params"] = api.DisaggregatedParams(**legs, **self._first_logprobs(request))
-        if request.lora is not None:
-            args["lora_request"] = self._lora_request(request.lora)
-        try:
-            return self._llm.generate_async(sampling_params=api.SamplingParams(**sampling), **args)
-        except Exception as error:  # noqa: BLE001 - its classes differ by version; they are told apart by name
-            if type(error).__name__ == "RequestError" or isinstance(error, ValueError | TypeError):
-                raise EngineError(f"TensorRT-LLM refused the request: {_first_line(error)}", False, "prompt") from None
-            raise EngineError(f"TensorRT-LLM took no request: {_first_line(error)}") from None
-
-    def _first_logprobs(self, request: GenerateRequest) -> dict[str, Any]:
-        """Prefill's, for the decode side to go on from."""
-        told = None if request.handoff is None else request.handoff.params.get(trtllm_requests.FIRST_LOGPROBS)
-        if told is None:
-            return {}
-        from tensorrt_llm.executor.result import Logprob
-
-        return {"first_gen_log_probs": [trtllm_requests.entries(told, Logprob)]}
-
-    def _lora_request(self, name: str) -> Any:
-        from tensorrt_llm.executor.request import LoRARequest
-
-        return LoRARequest(name, list(self.spec.loras).index(name) + 1, self.spec.loras[name])
+        return trtllm_objects.submit(self._llm, request, rank, self.spec, self._version)
 
     async def _chunks(self, inside: _Inside) -> AsyncGenerator[TokenChunk]:
         request = inside.request
@@ -470,7 +403,7 @@ class TensorRTLLMEngine:
 
     def _lost(self, request: GenerateRequest, error: Exception) -> EngineError:
         """RequestError is one request's; what comes from elsewhere has ended the executor first."""
-        words = _first_line(error)
+        words = trtllm_objects.first_line(error)
         executor = None if self._llm is None else self._llm._executor
         if executor is None or executor.workers is None:
             self._die(words)
@@ -482,7 +415,7 @@ class TensorRTLLMEngine:
     def _give_up(self, output: Any) -> None:
         """Its abort waits for the worker, so it is not waited for."""
         if self._llm is not None and not (self._death is not None and self._death.done()):
-            self._spawn(_quietly(asyncio.to_thread(output.abort)))
+            self._spawn(_quietly(output.abort))
 
     def _lose_all(self, reason: str) -> None:
         for inside in self._inside.values():
@@ -507,15 +440,14 @@ class TensorRTLLMEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         llm, self._llm = self._llm, None
-        if llm is not None and not (self._death is not None and self._death.done()):
+        if self._death is not None and self._death.done():
+            self._kill_workers()  # those that are left wait for the one that is gone, and would not shut down
+        if llm is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(_end, llm), STOP_TIMEOUT_S)
         self._kill_workers()  # 1.2 only lets go of them
         self._workers = ()
-        for rank in self._ranks:
-            publisher, rank.publisher = rank.publisher, None
-            if publisher is not None:
-                await publisher.close()
+        await self._reports.close()
         await self._launcher.finish()
 
 
@@ -541,15 +473,11 @@ def _end(llm: Any) -> None:
     try:
         llm.shutdown()
     except Exception as error:  # noqa: BLE001 - its workers are killed in any case
-        log.info("TensorRT-LLM did not shut down: %s", _first_line(error))
+        log.info("TensorRT-LLM did not shut down: %s", trtllm_objects.first_line(error))
 
 
-async def _quietly(work: Any) -> None:
+async def _quietly(abort: Callable[[], None]) -> None:
     try:
-        await work
+        await asyncio.to_thread(abort)
     except Exception as error:  # noqa: BLE001 - a request that cannot be aborted has ended, or its engine has
-        log.info("TensorRT-LLM did not abort a request: %s", _first_line(error))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        log.info("TensorRT-LLM did not abort a request: %s", trtllm_objects.first_line(error))

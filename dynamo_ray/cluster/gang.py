@@ -32,7 +32,8 @@ ANSWER_TIMEOUT_S = 3.0
 DESCRIBE_TIMEOUT_S = 10.0
 
 SEES_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""For SGLang's ranks as Ray actors, which take Ray's id of their GPU for CUDA's (ray/scheduler_actor.py, 0.5.16)."""
+"""For engines whose ranks are Ray actors. SGLang's take Ray's id of their GPU for CUDA's (ray/scheduler_actor.py,
+0.5.16); TensorRT-LLM's are given the environment of our process, from which Ray would otherwise hide every GPU."""
 
 Actor = Any
 """A handle to an EngineNode; Ray's handles are untyped."""
@@ -278,7 +279,7 @@ def _create(config: DeploymentConfig, work: Work, assignment: Assignment, reserv
     session, bundle = ray.get_runtime_context().gcs_address, assignment.bundle
     by_ray = config.launcher(work.role) == "ray"
     name = actor_name(assignment.app, assignment.worker, bundle.node_rank)
-    inherited = SEES_ALL_GPUS if by_ray and config.backend == "sglang" else {}
+    inherited = SEES_ALL_GPUS if by_ray else {}
     # Ray titles the process after the class: `ps` then says which worker it is.
     titled = type(f"EngineNode {assignment.worker}/{bundle.node_rank}", (EngineNode,), {})
     return (

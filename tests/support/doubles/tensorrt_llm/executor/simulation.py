@@ -66,9 +66,10 @@ class Simulation(SimulatedEngine):
                     return
 
     def _admit(self, made: GenerateRequest) -> Any:
-        """TensorRT-LLM has no roles: one with a cache transceiver takes either leg."""
+        """TensorRT-LLM has no roles: one with a cache transceiver takes either leg. Adapters come with requests."""
         if self.info is not None:
-            self.info = msgspec.structs.replace(self.info, role=made.leg)
+            loras = () if made.lora is None else (made.lora,)
+            self.info = msgspec.structs.replace(self.info, role=made.leg, loras=loras)
         return super()._admit(made)
 
     def _ends(self, made: GenerateRequest, args: dict[str, Any], new: list[tuple[int, Any]], count: int) -> Any:
