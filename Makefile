@@ -76,6 +76,7 @@ setup-sglang-cpu: $(SGLANG_VENV)/.engine  ## Install SGLang 0.5.23 for CPU, in a
 
 test-sglang-cpu: setup-sglang-cpu models  ## Run the engines' suite on a real SGLang on CPU: 6 minutes
 	@tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python $(ARGS)
+	@CONTRACT_ROLES=aggregated GRAMMAR=xgrammar tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python -k "refuses_by_name or min_tokens"
 
 clean:  ## Remove the environment and caches of this checkout
 	rm -rf $(VENV) .venv-bench $(SGLANG_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

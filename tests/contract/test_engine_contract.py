@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import pickle
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,6 +41,7 @@ from engines import (
     wait_until_idle,
 )
 from node_process import RemoteNode, node_process
+from tokenizers import Tokenizer
 
 from backends import create
 from backends.engine import (
@@ -72,6 +76,13 @@ STRUCTURES = {
     Feature.GRAMMAR: Structure("grammar", 'root ::= "yes" | "no"'),
 }
 
+BEGINNINGS = {
+    Feature.JSON_OBJECT: r"\s*\{.*",
+    Feature.JSON_SCHEMA: r"\s*-?\d*\s*",
+    Feature.REGEX: "[a-z]+",
+    Feature.GRAMMAR: "yes|ye|y|no|n",
+}
+"""What an answer that was cut short may be."""
 COMMANDS: dict[str, Command] = {
     "pause": Pause(),
     "resume": Resume(),
@@ -167,7 +178,7 @@ async def test_logprobs_come_with_as_many_alternatives_as_asked_for(site: Site) 
 
 @pytest.mark.parametrize("feature", Feature)
 async def test_what_an_engine_has_it_does_and_what_it_has_not_it_refuses_by_name(site: Site, feature: Feature) -> None:
-    sampling = Sampling(2, temperature=1.0)
+    sampling = Sampling(6, temperature=1.0)
     fields: dict[str, Any] = {}
     match feature:
         case Feature.CACHE_SALT:
@@ -179,7 +190,9 @@ async def test_what_an_engine_has_it_does_and_what_it_has_not_it_refuses_by_name
             sampling = msgspec.structs.replace(sampling, **{feature.value: values[feature]})
         case _:
             sampling = msgspec.structs.replace(sampling, structure=STRUCTURES[feature])
-    if feature in site.info.features:
+    if feature in site.info.features and feature in STRUCTURES:
+        await keeps_to_its_structure(site, sampling, BEGINNINGS[feature])
+    elif feature in site.info.features:
         assert (await answer(site.aggregated, prompt(9), sampling, **fields)).tokens
     else:
         field = "structure" if feature in STRUCTURES else feature.value
@@ -784,6 +797,16 @@ async def refused(engine: Engine, field: str, **fields: object) -> None:
         await answer(engine, token_ids, sampling, **fields)  # type: ignore[arg-type]
     assert (refusal.value.retryable, refusal.value.field) == (False, field), str(refusal.value)
     assert used_blocks(engine) == before
+
+
+async def keeps_to_its_structure(site: Site, sampling: Sampling, beginning: str) -> None:
+    """It ends where the structure does, by the model's end token, or is the beginning of one that would."""
+    model = Path(spec(site.backend).model_path)
+    end = json.loads((model / "config.json").read_text())["eos_token_id"]
+    sampling = msgspec.structs.replace(sampling, stop_token_ids=(end,))
+    got = await answer(site.aggregated, prompt(9), sampling)
+    text = Tokenizer.from_file(str(model / "tokenizer.json")).decode(got.tokens)
+    assert re.fullmatch(beginning, text, re.DOTALL), text
 
 
 async def compute_and_release(site: Site, leg: GenerateRequest) -> None:
