@@ -1,9 +1,12 @@
 """SGLang on real GPUs through the whole stack, and what the stack costs: one run, one table.
 
 python tests/gpu/report.py --out FOLDER [--sections aggregated,split,wide,nodes,ray,cost]
+python tests/gpu/report.py --out FOLDER --pretend 2 --sections aggregated,split,wide,nodes
 
 Needs one GPU (two for what its name says), SGLang, and the tokenizer that `make models` makes. Each section deploys
 with `dynamo_ray.up` on a Ray of its own and ends it again. FOLDER gets table.md, results.json and the logs.
+`--pretend` shows on a machine without a GPU that the report itself works: Ray is told of that many, and SGLang is its
+double.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ ENGINE_ARGS: dict[str, Any] = {
     "random_seed": 1,
 }
 """Kernels that need nothing beyond sgl-kernel and Triton; see docs/gpu.md."""
+ENGINE_VERSION = "0.5.16"
 OURS, THEIRS = "ours", "SGLang's"
 ISL, OSL = 512, 128
 INGRESSES = 4
@@ -109,7 +113,23 @@ class Stack:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(part in line for part in wanted))
 
 
+@dataclass(frozen=True)
+class Pretence:
+    """GPUs that are not there, and the double of SGLang in its place."""
+
+    gpus: int = 0
+
+    @property
+    def path(self) -> list[str]:
+        return [str(ROOT / "tests/support/doubles")] if self.gpus else []
+
+
+pretence = Pretence()
+
+
 def num_gpus() -> int:
+    if pretence.gpus:
+        return pretence.gpus
     if shutil.which("nvidia-smi") is None:
         return 0
     found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
@@ -126,7 +146,12 @@ def ray_cluster(nodes: list[str], name: str, report: Report) -> Iterator[str]:
 
     with local_ray.scratch() as folder:
         port = free_port()
-        base = {**os.environ, **local_ray.environment(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+        base = {
+            **os.environ,
+            **local_ray.environment(folder),
+            "PYTHONPATH": os.pathsep.join([*pretence.path, *sys.path]),
+        }
+        base["SGLANG_DOUBLE_VERSION"] = ENGINE_VERSION
         try:
             for index, node in enumerate(nodes):
                 where = (
@@ -189,12 +214,14 @@ def common(report: Report) -> dict[str, Any]:
     return {
         "model": {"name": model.NAME, "path": str(report.out / "model")},
         "backend": "sglang",
-        "engine_version": "0.5.16",
+        "engine_version": ENGINE_VERSION,
         "accelerator": gpu_kind(),
     }
 
 
 def gpu_kind() -> str:
+    if pretence.gpus:
+        return "H100"
     import torch
 
     return next(kind for kind in ("H200", "H100", "B200", "A100") if kind in torch.cuda.get_device_name(0))
@@ -286,10 +313,12 @@ def split(report: Report) -> None:
             )
             report.row(title, "1,024-token prompt to the answer's end, first", f"{1000 * first_s:.0f} ms")
             report.row(title, "the same, later (median of 5)", f"{1000 * later_s:.0f} ms")
-            _transfer_rows(report, title)
+            if not pretence.gpus:
+                _transfer_rows(report, title)
             _leave(report, stack, title)
         prefilled, computed = _computed(report, name, "prefill"), _computed(report, name, "decode")
-        report.row(title, "prompt tokens computed by prefill, by its log", str(prefilled), "> 0", prefilled > 0)
+        if not pretence.gpus:  # a double writes no such log
+            report.row(title, "prompt tokens computed by prefill, by its log", str(prefilled), "> 0", prefilled > 0)
         report.row(title, "prompt tokens computed by decode, by its log", str(computed), "0", computed == 0)
 
 
@@ -554,7 +583,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--pretend", type=int, default=0, metavar="GPUS")
     given = parser.parse_args()
+    global pretence
+    pretence = Pretence(given.pretend)
     rows = run(given.out, given.sections.split(","))
     print((given.out / "table.md").read_text())
     sys.exit(any(row.ok is False for row in rows))
