@@ -232,6 +232,7 @@ class SGLangEngine:
             for number, handler in before.items():
                 asyncio.get_running_loop().remove_signal_handler(number)
                 signal.signal(number, handler)
+            ignore_failure_signal()  # Python does not know of it, and so has just undone it.
 
     def processes(self) -> list[WatchedPid]:
         """SGLang's on this node."""
