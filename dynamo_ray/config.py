@@ -196,6 +196,13 @@ class DeploymentConfig(_Frozen):
                     "prefill.launcher: SGLang's Ray engine makes its bootstrap server too late for its own ranks to "
                     "register there; use processes"
                 )
+            ranks = self.roles[role].parallelism.num_ranks // self.roles[role].nodes
+            if self.backend == "trtllm" and self.roles[role].resources.cpus < ranks:
+                # Ray's default for an actor that asks for a GPU; too few, and Ray waits for ever.
+                raise ValueError(
+                    f"{role.value}.resources.cpus: each of TensorRT-LLM's Ray actors takes one, and a node has {ranks}; at "
+                    f"least {ranks}"
+                )
         return self
 
     @property

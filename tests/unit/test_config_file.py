@@ -118,6 +118,15 @@ def test_ranks_start_as_ray_actors_only_where_the_engine_can(backend: str, said:
             DeploymentConfig.model_validate(given)
 
 
+def test_tensorrt_llm_s_ray_actors_need_a_cpu_each() -> None:
+    role = {"parallelism": {"attn_dp": 8, "moe_ep": 8}, "nodes": 2, "resources": {"cpus": 3}}
+    given = {"model": {"name": "m", "path": "/m"}, "aggregated": role}
+    with pytest.raises(ValidationError, match=r"aggregated\.resources\.cpus: .* a node has 4; at least 4"):
+        DeploymentConfig.model_validate({**given, "backend": "trtllm"})
+    role["resources"] = {"cpus": 4}
+    DeploymentConfig.model_validate({**given, "backend": "trtllm"})
+
+
 def test_how_ranks_start_follows_from_the_engine_where_it_is_not_said() -> None:
     decode = {"launcher": "processes"}
     given = {"model": {"name": "m", "path": "/m"}, "prefill": {}, "decode": decode}

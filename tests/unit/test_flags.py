@@ -84,6 +84,7 @@ def test_tensorrt_llm_s_settings_are_shown_beside_its_command(tmp_path: Path) ->
     role = {
         "nodes": 4,
         "parallelism": {"attn_dp": 16, "moe_ep": 16},
+        "resources": {"cpus": 4},
         "engine_args": {
             "max_batch_size": 128,
             "cuda_graph_config": {"enable_padding": True, "batch_sizes": [1, 2, 4]},

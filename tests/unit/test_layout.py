@@ -122,7 +122,7 @@ def test_memory_is_what_each_role_s_engine_arguments_say() -> None:
 def test_each_engine_has_its_own_words_for_it_and_the_caller_has_the_last(
     backend: str, version: str, args: dict[str, Any], mem_fraction: float, kv_dtype: KvDtype
 ) -> None:
-    role = {"parallelism": {"attn_dp": 32, "moe_ep": 32}, "nodes": 4, "engine_args": args}
+    role = {"parallelism": {"attn_dp": 32, "moe_ep": 32}, "nodes": 4, "resources": {"cpus": 8}, "engine_args": args}
     config = wideep(backend=backend, engine_version=version, prefill=None, decode=None, aggregated=role)
     found = role_memory(config, config.roles[Role.AGGREGATED], Assumptions())
     assert (found.mem_fraction, found.kv_dtype) == (mem_fraction, kv_dtype)
@@ -132,7 +132,7 @@ def test_each_engine_has_its_own_words_for_it_and_the_caller_has_the_last(
 
 def test_a_fraction_of_free_memory_is_of_what_weights_and_buffers_leave() -> None:
     args = {"kv_cache_config": {"free_gpu_memory_fraction": 0.5}}
-    role = {"parallelism": {"attn_dp": 32, "moe_ep": 32}, "nodes": 4, "engine_args": args}
+    role = {"parallelism": {"attn_dp": 32, "moe_ep": 32}, "nodes": 4, "resources": {"cpus": 8}, "engine_args": args}
     config = wideep(backend="trtllm", engine_version="1.3", prefill=None, decode=None, aggregated=role)
     (fit,) = plan(config, "4x8xH100").fits.values()
     free = fit.gpu.memory_bytes - fit.weights.total - fit.allowances.total
