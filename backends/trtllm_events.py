@@ -15,6 +15,9 @@ Told = Mapping[str, Any]
 class EventReader:
     """Of one engine, all its ranks. Remembers what it left out, so that its removal is left out too.
 
+    1.2 does not tell whose salt or adapter a block is of: it is then taken for one of neither, and a router that goes
+    by it finds less cached than it was told.
+
     Left out are blocks that are not full, which nobody can find by their tokens, and those of attention windows
     shorter than the longest, which hold less than a prompt.
     """

@@ -200,8 +200,8 @@ class DeploymentConfig(_Frozen):
             if self.backend == "trtllm" and self.roles[role].resources.cpus < ranks:
                 # Ray's default for an actor that asks for a GPU; too few, and Ray waits for ever.
                 raise ValueError(
-                    f"{role.value}.resources.cpus: each of TensorRT-LLM's Ray actors takes one, and a node has {ranks}; at "
-                    f"least {ranks}"
+                    f"{role.value}.resources.cpus: each of TensorRT-LLM's Ray actors takes one, and a node has "
+                    f"{ranks}; at least {ranks}"
                 )
         return self
 
