@@ -228,7 +228,7 @@ class TensorRTLLMEngine:
             try:
                 original(made, *args, **kwargs)
             finally:
-                self._workers = tuple(made.workers)
+                self._workers = tuple(getattr(made, "workers", None) or ())  # none where it found no placement
 
         executor.create_workers = create_workers
         try:
