@@ -351,7 +351,7 @@ class VLLMEngine:
             first_dp_rank=mine.first_rank,
             features=self._features(),
             loras=tuple(spec.loras),
-            controls=vllm_control.controls(self._llm, sleeps=not on_cpu),
+            controls=vllm_control.controls(self._llm, on_cpu, self._version),
         )
 
     def _features(self) -> tuple[Feature, ...]:

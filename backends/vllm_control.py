@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.engine import Command, EngineError, Pause, Resume, Sleep, UpdateWeights, Wake
+from backends.vllm_cpu_fixes import REPAIRED_VERSION
 
 HANDOFF_WAIT_S = 60.0
 """For decode sides to fetch what they are owed; a lease is over before it."""
@@ -15,20 +16,21 @@ RETRY_S = 0.2
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
-def controls(llm: Any, sleeps: bool) -> tuple[str, ...]:
+def controls(llm: Any, on_cpu: bool, version: str) -> tuple[str, ...]:
     """The commands that this engine has, as it was started.
 
     Args:
         llm: vLLM's AsyncLLM.
-        sleeps: whether its platform can give memory back.
+        version: with another than the repaired one, new weights of experts are not computed with right on CPU.
     """
     from vllm.model_executor.model_loader import get_model_loader
 
     commands: list[type[Command]] = [Pause, Resume]
     config = llm.vllm_config
-    if hasattr(get_model_loader(config.load_config), "get_all_weights"):  # not from dummy or sharded weights
+    misread = on_cpu and config.model_config.is_moe and version != REPAIRED_VERSION
+    if not misread and hasattr(get_model_loader(config.load_config), "get_all_weights"):  # dummy, sharded ones have not
         commands.append(UpdateWeights)
-    if sleeps and config.model_config.enable_sleep_mode:
+    if not on_cpu and config.model_config.enable_sleep_mode:
         commands += [Sleep, Wake]
     return tuple(str(command.__struct_config__.tag) for command in commands)
 

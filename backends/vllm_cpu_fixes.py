@@ -1,4 +1,4 @@
-"""Repairs five defects of vLLM 0.32.0 on the CPU platform; every vLLM process loads this as a general plugin.
+"""Repairs six defects of vLLM 0.32.0 on the CPU platform; every vLLM process loads this as a general plugin.
 
 Each function is one defect. All of them are for exactly that version: with any other nothing is changed, and one line
 says so. Drop a function when upstream has it.
@@ -45,6 +45,7 @@ def apply() -> None:
     gather_uneven_batches()
     skip_experts_of_other_ranks()
     leave_requests_without_adapter_alone()
+    pack_new_experts_too()
 
 
 def let_nixl_progress_thread_sleep() -> None:
@@ -150,6 +151,25 @@ def zero_where_no_adapter(original: Callable[..., None]) -> Callable[..., None]:
 
     product.knows_no_adapter = True  # type: ignore[attr-defined]
     return product
+
+
+def pack_new_experts_too() -> None:
+    """UnquantizedFusedMoEMethod packs the experts' weights for the CPU's kernel once, 0.33's too: those that
+    `reload_weights` brings later are then read as if they were packed, and every answer is wrong."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    original = UnquantizedFusedMoEMethod._setup_kernel
+    if getattr(original, "packs_again", False):
+        return
+
+    def set_up_kernel(self: Any, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        again = self.moe_kernel is not None
+        original(self, layer, w13, w2)
+        if again:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    set_up_kernel.packs_again = True  # type: ignore[attr-defined]
+    UnquantizedFusedMoEMethod._setup_kernel = set_up_kernel
 
 
 def skip_experts_of_other_ranks() -> None:

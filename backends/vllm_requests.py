@@ -60,8 +60,9 @@ def sampling_arguments(request: GenerateRequest) -> dict[str, Any]:
         "min_tokens": sampling.min_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
         # The ingress has put EOS among the stop tokens where it ends an answer; what vLLM reads from
-        # the model's files would add to them.
-        "ignore_eos": True,
+        # the model's files would add to them. A structure lets EOS through where it is complete: nothing holds
+        # what would follow.
+        "ignore_eos": sampling.structure is None,
         "logprobs": sampling.logprobs,
         "detokenize": False,
     }

@@ -111,7 +111,6 @@ async def structured(engine: VLLMEngine, tokenizer: Any, question: str, structur
         max_tokens=120,
         temperature=0.7,
         seed=11,
-        stop_token_ids=(tokenizer.eos_token_id,),
         structure=structure,
     )
     told = await answer(engine, ids, sampling)

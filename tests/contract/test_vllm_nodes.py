@@ -31,7 +31,18 @@ from engines import (
 from node_process import RemoteNode, node_process
 from reference import answers_of_transformers
 
-from backends.engine import Engine, EngineError, EngineInfo, EngineStartError, GenerateRequest, Role
+from backends.engine import (
+    Command,
+    Engine,
+    EngineError,
+    EngineInfo,
+    EngineStartError,
+    GenerateRequest,
+    Pause,
+    Resume,
+    Role,
+    UpdateWeights,
+)
 from backends.vllm import VLLMEngine
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
@@ -124,6 +135,23 @@ async def test_a_request_runs_on_the_node_that_it_was_sent_to(worker: Worker) ->
         await asyncio.sleep(0.005)
     assert worker.first.load()[0].num_running == 0
     assert len((await leg).tokens) == 200
+
+
+async def test_commands_to_all_nodes_at_once_are_carried_out(worker: Worker, expected: list[list[int]]) -> None:
+    """Two ranks pause together, or not at all."""
+
+    async def tell(command: Command) -> None:
+        told = asyncio.gather(worker.first.control(command), worker.second.control(command))
+        await asyncio.wait_for(told, 60.0)
+
+    inside = [asyncio.create_task(worker.decode(node, PROMPTS[5])) for node in (0, 1)]
+    await tell(Pause())
+    await tell(UpdateWeights(worker.first.spec.model_path))
+    await tell(Resume())
+    assert [(await leg).tokens for leg in inside] == [expected[5]] * 2
+    await tell(UpdateWeights(worker.first.spec.model_path))
+    got = [await worker.decode(node, PROMPTS[6]) for node in (0, 1)]
+    assert [each.tokens for each in got] == [expected[6]] * 2
 
 
 async def test_a_nodes_dead_rank_ends_its_engine_at_once_and_the_other_nodes_with_its_next_step(

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from backends.engine import EngineError, EngineInfo, GenerateRequest, LaunchSpec, RankLoad, TokenChunk
+from backends.engine import Command, EngineError, EngineInfo, GenerateRequest, LaunchSpec, RankLoad, TokenChunk
 
 SUPPORT = Path(__file__).parent
 
@@ -46,6 +46,9 @@ class RemoteNode:
 
     async def load(self) -> tuple[RankLoad, ...]:
         return msgspec.convert(await self._ask("load"), tuple[RankLoad, ...])
+
+    async def control(self, command: Command) -> None:
+        await self._ask("control", msgspec.to_builtins(command))
 
     async def died(self) -> str:
         return str(await self._ask("died"))
@@ -113,6 +116,8 @@ async def _serve(spec: LaunchSpec, backend: str, answers: int) -> None:
             return {"info": info, "pids": [process.pid for process in processes]}
         if what == "generate":
             return [chunk async for chunk in engine.generate(msgspec.convert(argument, GenerateRequest))]
+        if what == "control":
+            return await engine.control(msgspec.convert(argument, Command))
         return engine.load() if what == "load" else await engine.died()
 
     async def do(number: int, what: str, argument: Any) -> None:

@@ -104,3 +104,9 @@ def test_the_chosen_token_is_among_the_alternatives_only_by_its_rank() -> None:
 )
 def test_a_structure_in_vllms_words(structure: Structure, arguments: dict[str, object]) -> None:
     assert structure_arguments(structure) == arguments
+
+
+def test_a_complete_structure_ends_the_answer() -> None:
+    structured = Sampling(max_tokens=5, structure=Structure("regex", "[a-z]+"))
+    assert sampling_arguments(request(sampling=structured))["ignore_eos"] is False
+    assert sampling_arguments(request())["ignore_eos"] is True
