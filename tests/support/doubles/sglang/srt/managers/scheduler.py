@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import zmq
@@ -73,9 +73,15 @@ def run_scheduler_process(server_args: Any, port_args: Any, gpu_id: int, tp_rank
         _join(server_args, port_args, tp_rank)
         asyncio.run(_serve(server_args, port_args, tp_rank, dp_rank or 0, pipe_writer))
     except Exception:  # noqa: BLE001 - as the real one does
-        logger.error("Scheduler hit an exception: %s", traceback.format_exc())
-        os.kill(os.getppid(), signal.SIGQUIT)
-        sys.exit(1)
+        _fail()
+
+
+def _fail() -> NoReturn:
+    """Say why, and end both this process and its parent."""
+    logger.error("Scheduler hit an exception: %s", traceback.format_exc())
+    sys.stderr.flush()
+    os.kill(os.getppid(), signal.SIGQUIT)
+    os._exit(1)
 
 
 def start_schedulers(
@@ -201,6 +207,8 @@ class Rank:
         self._load_due = False
         self._publisher: ZmqEventPublisher | None = None
         model = server_args.model()
+        self._poison: int | None = model.get("poison")
+        """A token on which a step fails, as on an illegal memory access."""
         spec = LaunchSpec(
             "sglang-double",
             self.role,
@@ -238,15 +246,13 @@ class Rank:
         await self._in.send(b"hello")
 
     async def serve(self) -> None:
-        """A request that raises what it should not ends the process, as the real one's step would."""
-        async with asyncio.TaskGroup() as requests:
-            while True:
-                await self._take(msgspec.msgpack.decode(await self._in.recv()), requests)
+        while True:
+            await self._take(msgspec.msgpack.decode(await self._in.recv()))
 
-    async def _take(self, message: dict[str, Any], requests: asyncio.TaskGroup) -> None:
+    async def _take(self, message: dict[str, Any]) -> None:
         match message:
             case {"generate": fields}:
-                self._tasks[fields["rid"]] = requests.create_task(self._run(fields))
+                self._tasks[fields["rid"]] = asyncio.create_task(self._run(fields))
                 await asyncio.sleep(0)  # it begins, so that an abort ends it from within
             case {"abort": rid}:
                 for name in [name for name in self._tasks if name.startswith(rid)]:
@@ -267,6 +273,8 @@ class Rank:
             in_transfer = fields["bootstrap_room"] is not None and not started
             status = HTTPStatus.INTERNAL_SERVER_ERROR if in_transfer else None
             await self._abort(rid, "Aborted by AbortReq." if in_transfer else "Aborted", status)
+        except Exception:  # noqa: BLE001 - as the real one's step does
+            _fail()
         finally:
             del self._tasks[rid]
 
@@ -312,6 +320,8 @@ class Rank:
 
     async def _request(self, fields: dict[str, Any]) -> GenerateRequest:
         params, room = fields["sampling_params"], fields["bootstrap_room"]
+        if self._poison in fields["input_ids"]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if self.role is not Role.AGGREGATED and room is None:
             raise EngineError("Invalid request: Disaggregated request received without bootstrap room id.", False)
         if any(params.get(kind) for kind in ("json_schema", "regex", "ebnf")) and self.args.grammar_backend == "none":
