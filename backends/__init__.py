@@ -49,7 +49,9 @@ def create(backend: str, spec: LaunchSpec) -> Engine:
 
         made = SGLangEngine(spec)
     elif backend == "trtllm":
-        made = import_module("backends.trtllm").TensorRTLLMEngine(spec)
+        from backends.trtllm import TensorRTLLMEngine
+
+        made = TensorRTLLMEngine(spec)
     else:
         raise ValueError(f"backend: unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     return made

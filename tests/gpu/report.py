@@ -50,7 +50,7 @@ ENGINE_VERSION = "0.5.16"
 OURS, THEIRS = "ours", "SGLang's"
 ISL, OSL = 512, 128
 INGRESSES = 4
-"""Replicas, as our configurations for GPUs have."""
+"""Replicas where cost is measured: a burst is taken in by all of them."""
 GREEDY_TOKENS = 16
 
 
