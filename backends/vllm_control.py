@@ -80,7 +80,10 @@ class Control:
                     await self._llm.pause_generation(mode="keep", clear_cache=False)
 
     async def _update_weights(self, path: str) -> None:
-        """Requests inside are computed again from their beginning, with the new weights, and go on where they were."""
+        """Requests inside are computed again from their beginning, with the new weights, and go on where they were.
+
+        Where loading fails they stay paused: half of the weights may be new. The command may be given again.
+        """
         if not await asyncio.to_thread(_has_weights, Path(path)):
             raise EngineError(f"{path} holds no weights on this node", retryable=False, field="path")
         if self._asleep:
@@ -104,9 +107,10 @@ class Control:
                 reason = "its KV connector's cache was not emptied"
             except Exception as error:  # noqa: BLE001 - an engine core's failures come back as plain exceptions
                 reason = str(error)
+            if not self._paused:
+                await self._llm.resume_generation()
             if self._paused or time.monotonic() > deadline_s:
                 raise EngineError(f"vLLM could not empty its caches: {reason}")
-            await self._llm.resume_generation()
             await asyncio.sleep(RETRY_S)
 
 

@@ -9,9 +9,9 @@ import time
 
 import psutil
 import pytest
-from engines import TINY_DEEPSEEK, Site, answer, engine_processes, greedy, hand_over, prompt, spec
+from engines import TINY_DEEPSEEK, Site, answer, collect, engine_processes, greedy, hand_over, prompt, request, spec
 
-from backends.engine import EngineError, EngineStartError
+from backends.engine import EngineError, EngineStartError, Role, UpdateWeights
 from backends.vllm import VLLMEngine
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
@@ -96,3 +96,20 @@ async def test_a_start_that_is_given_up_leaves_nothing() -> None:
         await start
     assert children() <= before
     await engine.stop()
+
+
+async def test_new_weights_wait_until_what_is_handed_over_is_fetched(vllm_site: Site) -> None:
+    """Its blocks are of the old ones, and decode may be reading them."""
+    ids = prompt(70, seed=31)
+    expected = (await answer(vllm_site.aggregated, ids, greedy(6))).tokens
+    handoff = (await collect(vllm_site.prefill, request(ids, greedy(1), leg=Role.PREFILL))).handoff
+    assert isinstance(vllm_site.prefill, VLLMEngine)
+    update = asyncio.create_task(vllm_site.prefill.control(UpdateWeights(vllm_site.prefill.spec.model_path)))
+    await asyncio.sleep(1.0)  # what is tested is that time passes and nothing is taken away
+    assert not update.done()
+    decoded = await answer(vllm_site.decode, ids, greedy(6), leg=Role.DECODE, handoff=handoff)
+    assert decoded.tokens == expected
+    await asyncio.wait_for(update, 20.0)
+    again = await collect(vllm_site.prefill, request(ids, greedy(1), leg=Role.PREFILL))
+    assert again.chunks[0].cached_tokens == 0
+    await vllm_site.prefill.release(again.chunks[0].request_id)

@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from engines import SMOLLM2, answer, collect, greedy, prompt, request, running, spec, wait_until_idle
+from engines import (
+    SMOLLM2,
+    Site,
+    answer,
+    collect,
+    greedy,
+    hand_over,
+    prompt,
+    request,
+    running,
+    spec,
+    wait_until_idle,
+)
 
 from backends.engine import (
     EngineError,
@@ -21,6 +33,7 @@ from backends.engine import (
     Feature,
     Pause,
     Resume,
+    Role,
     Sampling,
     Sleep,
     Structure,
@@ -253,3 +266,32 @@ async def test_an_engine_that_cannot_sleep_says_so(engine: VLLMEngine) -> None:
     with pytest.raises(EngineError, match="no command 'sleep'") as refusal:
         await engine.control(Sleep())
     assert not refusal.value.retryable
+
+
+async def test_adapters_and_structures_hold_for_what_is_handed_over(
+    engine: VLLMEngine, loras: dict[str, str], tokenizer: Any
+) -> None:
+    ids = prompt(100, seed=21)
+    shapes: list[dict[str, Any]] = [{}, {"lora": "poet"}, {"lora": "critic"}]
+    expected = [(await answer(engine, ids, greedy(12), **shape)).tokens for shape in shapes]
+    pattern = "[a-f]{3}-[0-9]{4}"
+    shaped = greedy(40, structure=Structure("regex", pattern))
+    expected.append((await answer(engine, ids, shaped)).tokens)
+    assert re.fullmatch(pattern, tokenizer.decode(expected[-1], skip_special_tokens=True))
+    async with (
+        running(spec("vllm", Role.PREFILL, loras=loras), "vllm") as (prefill, prefill_info),
+        running(spec("vllm", Role.DECODE, loras=loras), "vllm") as (decode, decode_info),
+    ):
+        infos = {Role.PREFILL: prefill_info, Role.DECODE: decode_info}
+        site = Site("vllm", engine, prefill, decode, infos)
+        for shape, tokens in zip(shapes, expected, strict=False):
+            leg = request(ids, greedy(12), leg=Role.PREFILL, **shape)
+            handoff = (await collect(prefill, leg)).handoff
+            got = await answer(decode, ids, greedy(12), leg=Role.DECODE, handoff=handoff, **shape)
+            assert got.tokens == tokens
+            assert got.chunks[0].transferred_tokens == len(ids)
+        handed_over = await hand_over(site, ids, shaped)
+        assert handed_over.tokens == expected[-1]
+        assert handed_over.finish_reason == "stop"
+        await wait_until_idle(prefill)
+        await wait_until_idle(decode)
