@@ -42,8 +42,12 @@ class Node(Protocol):
         """These reasons are no more."""
         ...
 
-    async def control(self, command: Command) -> None:
-        """Have its share of the engine carry it out; raises EngineError."""
+    async def control(self, command: Command) -> bool:
+        """Have its share of the engine carry it out; raises EngineError.
+
+        Returns:
+            Whether it takes requests; where it does not, another node answers for both.
+        """
         ...
 
 
@@ -94,8 +98,8 @@ class Teller:
         """Do it on all nodes of all these workers at once: the ranks of one step together, so none is told alone.
 
         Returns:
-            By worker, None, or which of its nodes failed and why. Where every node of it refused for good, nothing has
-            changed there.
+            By worker, None, or which of its nodes failed and why. Where every node that takes requests refused for
+            good, nothing has changed there.
         """
         halted = await _each(workers, lambda _, nodes: self._ask(node.hold(halts(command)) for node in nodes))
         told = {name: nodes for name, nodes in workers.items() if not any(map(_is_error, halted[name]))}
@@ -144,4 +148,4 @@ def _is_error(answer: object) -> bool:
 def _changed_nothing(answer: object) -> bool:
     """An engine refuses so what it cannot do; see `Engine.control`. Ray wraps what was raised elsewhere."""
     cause = getattr(answer, "cause", None) or answer
-    return isinstance(cause, EngineError) and not cause.retryable
+    return answer is False or (isinstance(cause, EngineError) and not cause.retryable)

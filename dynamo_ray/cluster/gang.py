@@ -242,8 +242,9 @@ class _Remote:
     async def unhold(self, holds: frozenset[Hold]) -> None:
         await self.actor.unhold.remote(holds)
 
-    async def control(self, command: Command) -> None:
-        await self.actor.control.remote(command)
+    async def control(self, command: Command) -> bool:
+        serves: bool = await self.actor.control.remote(command)
+        return serves
 
 
 async def _sentinel(actor: Actor, rank: int) -> str:

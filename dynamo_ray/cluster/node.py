@@ -182,12 +182,18 @@ class EngineNode:
         if self._server is not None:
             self._server.unhold(holds)
 
-    async def control(self, command: Command) -> None:
-        """Have this node's share of the engine carry it out; whether requests come meanwhile is up to `hold`."""
+    async def control(self, command: Command) -> bool:
+        """Have this node's share of the engine carry it out; whether requests come meanwhile is up to `hold`.
+
+        Returns:
+            As `commands.Node.control`.
+        """
         with border():
             if self._engine is None or not self._started.is_set():
                 raise EngineError("its engine does not run")
-            await (self._engine if self._server is None else self._server).control(command)
+            serves = self._server is not None
+            await (self._server or self._engine).control(command)
+            return serves
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests from now on and wait for those inside; False when some were left at the end."""

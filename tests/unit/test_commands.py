@@ -32,10 +32,21 @@ class Node:
         self.told.append("unhold")
         self.holds -= holds
 
-    async def control(self, command: Command) -> None:
+    async def control(self, command: Command) -> bool:
         self.told.append("control")
         if self.failure is not None:
             raise self.failure
+        return True
+
+
+class Follower(Node):
+    """Served through its worker's first node."""
+
+    async def hold(self, holds: frozenset[Hold]) -> frozenset[Hold]:
+        return frozenset()
+
+    async def control(self, command: Command) -> bool:
+        return not await super().control(command)
 
 
 class Remote(Exception):
@@ -95,8 +106,9 @@ async def test_no_node_of_any_worker_is_told_before_all_take_no_requests_nor_tak
             order.append("hold")
             return await super().hold(holds)
 
-        async def control(self, command: Command) -> None:
+        async def control(self, command: Command) -> bool:
             order.append("control")
+            return True
 
         async def unhold(self, holds: frozenset[Hold]) -> None:
             order.append("unhold")
@@ -131,6 +143,18 @@ async def test_what_every_node_refuses_has_changed_nothing(command: Command) -> 
     assert [node.holds for node in nodes] == [{Hold.PAUSED}, set()]
 
 
+async def test_nodes_that_are_served_through_the_one_that_refuses_have_nothing_that_could_have_changed() -> None:
+    leader, followers = Node(REFUSED), [Follower(), Follower()]
+    assert await carry_out(Sleep(), [leader, *followers]) == "node 0: it has no command"
+    assert not leader.holds
+    leader.failure = None
+    assert await carry_out(Sleep(), [leader, *followers]) is None
+    assert leader.holds == {Hold.ASLEEP}
+    followers[1].failure = OSError("its process died")
+    assert await carry_out(LOAD, [leader, *followers]) == "node 2: its process died"
+    assert leader.holds == {Hold.ASLEEP, Hold.LOADING}
+
+
 async def test_an_undoing_command_that_fails_undoes_nothing() -> None:
     nodes = [Node(holds=frozenset({Hold.PAUSED})), Node(EngineError("stuck"), frozenset({Hold.PAUSED}))]
     assert await carry_out(Resume(), nodes) == "node 1: stuck"
@@ -163,8 +187,9 @@ async def test_a_worker_that_fails_keeps_no_other_from_its_requests() -> None:
 
 def test_a_node_that_does_not_answer_is_waited_for_no_longer_than_allowed() -> None:
     class Hangs(Node):
-        async def control(self, command: Command) -> None:
+        async def control(self, command: Command) -> bool:
             await asyncio.sleep(1e9)
+            return True
 
     async def main() -> None:
         nodes = [Node(), Hangs()]
