@@ -107,9 +107,11 @@ def launch_plan(
         EngineStartError: The engine cannot start so; the message begins with the field at fault.
     """
     given = dict(env or {})
+    extra: tuple[str, ...] = ()
     if version is None:
         return LaunchPlan(given, spec.engine_args)
     from backends import arguments, placeholders
+    from backends.engine import EngineStartError
 
     if backend == "vllm":
         from backends import vllm_args
@@ -117,14 +119,18 @@ def launch_plan(
         port = spec.place.ports[0] if spec.place.ports else 0
         args = vllm_args.engine_args(spec, on_cpu)
         must, defaults = vllm_args.environment(spec, on_cpu, SOCKET_FOLDER, port, None)
+        extra = () if vllm_args.share(spec).num_ranks else ("--headless",)
     else:
         adapter = import_module(f"backends.{backend}_args")
         args = adapter.engine_args(spec, version)
         must, defaults = adapter.environment(spec)
+    for name, value in given.items():
+        if must.get(name, value) != value:
+            raise EngineStartError(f"env.{name}: every engine of {backend} is given its own; leave it out")
     args = placeholders.written(args)
     return LaunchPlan(
         {**defaults, **given, **must},
         args,
-        tuple(arguments.command_line(backend, version, args)),
+        (*arguments.command_line(backend, version, args), *extra),
         arguments.settings_file(args) if backend == "trtllm" else None,
     )

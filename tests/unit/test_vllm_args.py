@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backends import arguments
+from backends import arguments, launch_plan
 from backends.engine import EngineStartError, LaunchSpec, NodePlace, Role
 from backends.vllm_args import (
     CORES_VARIABLE,
@@ -97,6 +97,14 @@ def test_one_ranks_devices_may_be_on_several_nodes() -> None:
     assert "data_parallel_start_rank" not in args
     shares = [share(replace(SPEC, nodes=NODES, node_rank=rank, attn_tp=8)) for rank in (0, 1)]
     assert shares == [Share(0, 1), Share(0, 0)]
+
+
+def test_a_node_that_only_lends_its_devices_is_started_without_a_server() -> None:
+    for rank in (0, 1):
+        spec = replace(SPEC, nodes=NODES, node_rank=rank, attn_tp=8)
+        assert ("--headless" in launch_plan("vllm", "0.33.0", spec, on_cpu=False).command) is (rank == 1)
+        served = replace(SPEC, nodes=NODES, node_rank=rank, attn_dp=2, moe_ep=2)
+        assert "--headless" not in launch_plan("vllm", "0.33.0", served, on_cpu=False).command
 
 
 def test_the_handshakes_of_a_nodes_ranks_are_on_its_own_ports() -> None:
