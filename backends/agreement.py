@@ -46,6 +46,8 @@ PAGES = {
 }
 """Attention backends of SGLang that take only some page sizes, and make the first of them of any other
 (_mla_backend_page_constraints in arg_groups/overrides.py, 0.5.16 and 0.5.23)."""
+PAGED_IN_PREFILL = frozenset({"cutedsl_mla", "trtllm_mha", "hpc_ops"})
+"""Those of them that do so as `prefill_attention_backend` too."""
 
 COMMON: dict[str, tuple[Common, ...]] = {
     "vllm": (  # compute_nixl_compatibility_hash in vLLM's nixl/metadata.py, 0.32 and 0.33
@@ -54,6 +56,7 @@ COMMON: dict[str, tuple[Common, ...]] = {
         Common("dtype", HASHED, "auto", DTYPES),
         Common("kv_cache_dtype", HASHED, "auto"),
         Common("attention_backend", HASHED),
+        Common("attention_config.backend", HASHED),
         Common("disable_hybrid_kv_cache_manager", HASHED),
         Common("speculative_config.method", HASHED),
         Common("speculative_config.model", HASHED),
@@ -103,7 +106,8 @@ def _value(common: Common, plan: LaunchPlan) -> Any:
 
 def _page_size(asked: Any, args: Mapping[str, Any]) -> Any:
     """What SGLang makes of it."""
-    for backend in (args.get("attention_backend"), args.get("decode_attention_backend")):
+    backends = [args.get("attention_backend"), args.get("decode_attention_backend")]
+    for backend in (*backends, *PAGED_IN_PREFILL.intersection({args.get("prefill_attention_backend")})):
         taken = PAGES.get(str(backend), (asked,))
         asked = asked if asked in taken else taken[0]
     return asked

@@ -110,7 +110,7 @@ def check_installed(backend: str, asked: str | None, installed: str) -> str:
         if not _is_of(installed, asked):
             raise EngineStartError(
                 f"engine_version: {engine} {installed} is installed here, {asked} is asked for; install that, or "
-                "change engine_version"
+                "set engine_version to what is installed"
             )
     found = _supported(backend, installed)
     if found is None:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import backends
 from backends.engine import LaunchSpec, NodePlace, Role
 from dynamo_ray import __version__
 from dynamo_ray.config import DeploymentConfig, ParallelismConfig, RoleConfig
@@ -115,7 +116,7 @@ def launch_specs(
             cores=bundle.cores,
             transfer_backend=config.transfer.backend,
             kv_events=config.events != "none",
-            version=config.engine_version,
+            version=backends.resolve_version(config.backend, config.engine_version),
             launcher=config.launcher(work.role),
             bundles=bundles,
             loras={name: str(Path(path).expanduser()) for name, path in config.model.loras.items()},

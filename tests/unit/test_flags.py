@@ -153,6 +153,8 @@ def test_what_an_adapter_starts_is_all_in_the_table_of_its_version(
         ("sglang", {"page_size": 64}, {"page_size": 64, "attention_backend": "cutlass_mla"}, "page_size"),
         ("sglang", {"page_size": 64}, {"page_size": 1, "decode_attention_backend": "flashmla"}, None),
         ("sglang", {"page_size": 32}, {"page_size": 32, "attention_backend": "trtllm_mla"}, None),
+        ("sglang", {"page_size": 1, "prefill_attention_backend": "trtllm_mha"}, {"page_size": 64}, None),
+        ("sglang", {"page_size": 1, "prefill_attention_backend": "flashmla"}, {"page_size": 1}, None),
         ("sglang", {"kv_cache_dtype": "auto"}, {}, None),
         ("sglang", {"kv_cache_dtype": "bf16"}, {}, "kv_cache_dtype"),
         ("vllm", {"dtype": "half"}, {"dtype": "float16"}, None),

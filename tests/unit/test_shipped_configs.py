@@ -78,6 +78,7 @@ def test_its_command_lines_render_for_every_node(path: Path) -> None:
         ({"prefill__engine_args__page_size": 32}, "decode.engine_args.page_size (line"),
         ({"decode__engine_args__kv_cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' here, 'auto' in prefill; write the same"),
         ({"decode__env__SGLANG_DSV4_KV_LAYOUT": "v41"}, "decode.env.SGLANG_DSV4_KV_LAYOUT (line"),
+        ({"decode__env__SGLANG_HOST_IP": "10.0.0.1"}, "is given its own; leave it out"),
         ({"engine_version": "0.5.17"}, "engine_version (line"),
         ({"prefill__launcher": "ray"}, "prefill.launcher: "),
         ({"decode__parallelism": {"attn_dp": 72, "moe_ep": 36, "pp": 2}}, "decode.nodes (line"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backends import sglang_args
+from backends import arguments, sglang_args
 from backends.engine import NodePlace, Role
 from dynamo_ray.cluster.workload import config_hash, launch_specs, num_ports, works
 from dynamo_ray.config import DeploymentConfig
@@ -50,6 +50,19 @@ def test_every_node_is_told_its_rank_its_ports_and_the_leader_s() -> None:
     assert (second.attn_dp, second.moe_ep, second.moe_tp) == (4, 4, 1)
     assert placement.bundles[0].resources == Resources(1.0, 0, 2**30)
     assert first.bundles == second.bundles == (1, 0)
+
+
+def test_a_configuration_that_names_no_version_is_for_the_newest_against_which_it_was_checked() -> None:
+    def version(**changes: Any) -> str | None:
+        checked = config(backend="vllm", prefill=None, decode=None, aggregated={}, **changes)
+        work = works(checked)["aggregated-0"]
+        node = Node("n", "10.0.0.1", Resources(8.0, 0, 2**34), Resources(8.0, 0, 2**34))
+        placement = plan(Topology((node,)), [work.group]).of("aggregated-0")
+        (spec,) = launch_specs(checked, work, placement, [NodePlace()])
+        return spec.version
+
+    assert version() == arguments.SUPPORTED["vllm"][-1]
+    assert version(engine_version="0.32.0") == "0.32.0"
 
 
 def test_a_node_has_ports_for_the_most_an_engine_asks_for() -> None:
