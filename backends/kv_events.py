@@ -48,11 +48,15 @@ Frames = Sequence[bytes]
 
 Decoder = Callable[[Frames], KVEventBatch]
 
+Bigram = tuple[int, int]
+"""What SGLang keeps a block by while it speculates with a draft of the EAGLE kind: a token and the one after it
+(_record_store_event in mem_cache/events.py, 0.5.16 and 0.5.23)."""
+
 
 class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored"):
     block_hashes: list[int | bytes]
     parent_block_hash: int | bytes | None
-    token_ids: list[int]
+    token_ids: list[int | Bigram]
     block_size: int
     medium: str | None = None
     lora_name: str | None = None
@@ -63,11 +67,11 @@ class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored"):
         return BlockStored(
             self.block_hashes,
             self.parent_block_hash,
-            self.token_ids,
+            _tokens(self.token_ids),
             self.block_size,
             self.medium,
             self.lora_name,
-            self.cache_salt or _salt_in(self.extra_keys),
+            self.cache_salt or _salt_in(self.extra_keys, self.lora_name),
         )
 
 
@@ -87,7 +91,7 @@ class _TaggedCleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared"):
 class _ArrayStored(msgspec.Struct, array_like=True, tag="BlockStored"):
     block_hashes: list[int | bytes]
     parent_block_hash: int | bytes | None
-    token_ids: list[int]
+    token_ids: list[int | Bigram]
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
@@ -95,7 +99,12 @@ class _ArrayStored(msgspec.Struct, array_like=True, tag="BlockStored"):
     def value(self) -> BlockStored:
         lora = None if self.lora_id is None else str(self.lora_id)
         return BlockStored(
-            self.block_hashes, self.parent_block_hash, self.token_ids, self.block_size, self.medium, lora
+            self.block_hashes,
+            self.parent_block_hash,
+            _tokens(self.token_ids),
+            self.block_size,
+            self.medium,
+            lora,
         )
 
 
@@ -124,10 +133,18 @@ class _ArrayBatch(msgspec.Struct, array_like=True):
     dp_rank: int | None = None
 
 
-def _salt_in(extra_keys: list[tuple[msgspec.Raw, ...] | None] | None) -> str | None:
-    """vLLM 0.32 has no cache_salt field: a salted prompt's first block carries the salt as its one extra string."""
+def _tokens(given: list[int | Bigram]) -> list[int]:
+    return [token if isinstance(token, int) else token[0] for token in given]
+
+
+def _salt_in(extra_keys: list[tuple[msgspec.Raw, ...] | None] | None, lora_name: str | None) -> str | None:
+    """vLLM has no cache_salt field: a salted prompt's first block carries the salt as a string among its extra keys.
+
+    Where there is an adapter its name comes before, in every block (generate_block_hash_extra_keys in
+    v1/core/kv_cache_utils.py, 0.32 and 0.33).
+    """
     for keys in extra_keys or ():
-        for key in keys or ():
+        for key in (keys or ())[lora_name is not None :]:
             try:
                 return msgspec.msgpack.decode(key, type=str)
             except msgspec.ValidationError:

@@ -18,7 +18,7 @@ STORED = {
     "lora_id": 1,
     "medium": "GPU",
     "lora_name": "poet",
-    "extra_keys": [("salt",), None],
+    "extra_keys": [("poet", "salt"), ("poet",)],
     "group_idx": 0,
     "kv_cache_spec_kind": "full_attention",
 }
@@ -41,6 +41,23 @@ def test_events_of_each_version_are_read(wire_format: str) -> None:
         BlockRemoved([11], "GPU"),
         AllBlocksCleared(),
     ]
+
+
+@pytest.mark.parametrize(
+    ("lora", "extra_keys", "salt"),
+    [
+        (None, None, None),
+        (None, [("salt",), None], "salt"),
+        (None, [(("image", 3), "salt"), None], "salt"),
+        ("poet", [("poet",), ("poet",)], None),
+        ("poet", [("poet", "poet"), ("poet",)], "poet"),
+    ],
+)
+def test_an_adapter_s_name_is_not_taken_for_a_salt(lora: str | None, extra_keys: Any, salt: str | None) -> None:
+    given = {**STORED, "parent_block_hash": None, "lora_name": lora, "extra_keys": extra_keys}
+    (stored,) = decoder("vllm-0.32")(frames(given)).events
+    assert isinstance(stored, BlockStored)
+    assert (stored.lora_name, stored.cache_salt) == (lora, salt)
 
 
 def test_every_supported_version_has_a_format_that_is_read() -> None:
