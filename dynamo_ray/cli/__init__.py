@@ -1,4 +1,4 @@
-"""`dynamo-ray`: validate, plan, up, status, control, down, model."""
+"""`dynamo-ray`: validate, plan, flags, up, status, control, down, model."""
 
 from __future__ import annotations
 
