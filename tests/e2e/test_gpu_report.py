@@ -13,12 +13,12 @@ from deployments import ROOT
 pytestmark = pytest.mark.e2e
 
 
-def test_aggregated_split_and_two_node_workers_pass_on_a_double(tmp_path: Path) -> None:
+def test_workers_of_every_shape_and_both_launchers_pass_on_a_double(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable,
             str(ROOT / "tests/gpu/report.py"),
-            *("--out", str(tmp_path), "--pretend", "2", "--sections", "aggregated,split,nodes"),
+            *("--out", str(tmp_path), "--pretend", "2", "--sections", "aggregated,split,nodes,ray"),
         ],
         capture_output=True,
         text=True,
@@ -32,4 +32,5 @@ def test_aggregated_split_and_two_node_workers_pass_on_a_double(tmp_path: Path) 
         "prefill and decode on one GPU",
         "prefill on GPU 0, decode on GPU 1",
         "2 nodes of 1 GPU, aggregated DEP2",
+        "2 GPUs, aggregated DEP2, launcher: ray",
     }
