@@ -74,7 +74,7 @@ $(SGLANG_VENV)/.engine: pyproject.toml $(SGLANG) $(SGLANG_NODEPS)
 
 setup-sglang-cpu: $(SGLANG_VENV)/.engine  ## Install SGLang 0.5.23 for CPU, in an environment of its own (1 GB)
 
-test-sglang-cpu: setup-sglang-cpu models  ## Run the engines' suite on a real SGLang on CPU: 6 minutes
+test-sglang-cpu: setup-sglang-cpu models  ## Run the engines' suite on a real SGLang on CPU: about 10 minutes
 	@tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python $(ARGS)
 	@CONTRACT_ROLES=aggregated GRAMMAR=xgrammar tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python -k "refuses_by_name or min_tokens"
 
