@@ -124,6 +124,12 @@ _MEMORY_OF_THE_CACHE = [
         f"lower {{role}}.engine_args.max_model_len, raise {{memory}}, {_MORE_GPUS}",
     ),
     _sign(
+        r"Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=(?P<given>[\d.]+)\. "
+        r"Raise --mem-fraction-static above (?P<needed>[\d.]+)",
+        "the model leaves no memory for the KV cache, with {memory} at {given}",
+        f"raise it above {{needed}}, {_MORE_GPUS}",
+    ),
+    _sign(
         r"Not enough memory\. Please try to increase --mem-fraction-static|No available memory for the cache blocks",
         "the model leaves no memory for the KV cache",
         f"raise {{memory}}, {_MORE_GPUS}",

@@ -193,13 +193,15 @@ class WatchedPid:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self.sentinel = -1
         self.sentinel = os.pidfd_open(pid)
         self.name = "its process"
         with contextlib.suppress(psutil.Error):
             self.name = psutil.Process(pid).name()
 
     def __del__(self) -> None:
-        os.close(self.sentinel)
+        if self.sentinel >= 0:
+            os.close(self.sentinel)
 
 
 def exit_words(code: int | None) -> str:

@@ -20,11 +20,12 @@ import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -38,17 +39,13 @@ from backends.engine import (
     KVEventSource,
     LaunchSpec,
     NodePlace,
-    Pause,
     RankLoad,
-    Resume,
     Role,
-    Sleep,
     TokenChunk,
-    UpdateWeights,
-    Wake,
 )
 from backends.output import OutputCapture
 from backends.processes import DeathWatch, Launcher, WatchedPid, free_consecutive_ports, interface_of
+from backends.sglang_control import Control
 from backends.sglang_processes import (
     ADDRESS_VARIABLE,
     ignore_failure_signal,
@@ -58,12 +55,31 @@ from backends.sglang_processes import (
 )
 from backends.startup import Startup, check_model
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
 MAX_LOGPROBS = 20
 """SGLang has no limit of its own; this is OpenAI's."""
 WARM_UP_TOKENS = [10, 11, 12, 13]
+
+
+@dataclass(eq=False)
+class _Inside:
+    """A request that SGLang has.
+
+    Until its first output it may wait where SGLang neither aborts nor loses it: for the end of a pause, or of loading
+    weights. So that step is a task that ends with it.
+    """
+
+    first: asyncio.Future[Any] | None = None
+    is_aborted: bool = False
+    lost: str | None = None
+
+    def end(self) -> None:
+        if self.first is not None:
+            self.first.cancel()
 
 
 class SGLangEngine:
@@ -76,8 +92,11 @@ class SGLangEngine:
         self._engine: Any = None
         self._vocab_size = 0
         self._block_size = 1
-        self._running: set[str] = set()
+        self._inside: dict[str, _Inside] = {}
         self._startup = Startup()
+        self._control: Control | None = None
+        self._over: asyncio.Future[str] | None = None
+        """Done, with the reason, when it has died or is stopped."""
         self._watch: DeathWatch | None = None
         self._launcher = Launcher(f"sglang-{spec.worker}")
         self._output: OutputCapture | None = None
@@ -87,23 +106,31 @@ class SGLangEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
         admission.check(request, self._check_serving(), self._vocab_size)
-        if request.request_id in self._running:
+        if request.request_id in self._inside:
             raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
-        self._running.add(request.request_id)
+        inside = self._inside[request.request_id] = _Inside()
         finished = False
         try:
-            async with aclosing(self._steps(request)) as chunks:
+            async with aclosing(self._steps(request, inside)) as chunks:
                 async for chunk in chunks:
                     finished = chunk.finish_reason is not None
                     yield chunk
         finally:
             if not finished:
                 await self.abort(request.request_id)
-            self._running.discard(request.request_id)
+            del self._inside[request.request_id]
 
     async def abort(self, request_id: str) -> None:
-        if request_id in self._running and self._engine is not None and not self._is_dead:
-            self._engine.tokenizer_manager.abort_request(rid=sglang_requests.rid_of(request_id))
+        inside = self._inside.get(request_id)
+        if inside is None or self._engine is None or self._is_dead:
+            return
+        manager, rid = self._engine.tokenizer_manager, sglang_requests.rid_of(request_id)
+        manager.abort_request(rid=rid)
+        if inside.first is not None:
+            if self._version == "0.5.16" and manager.is_pause:  # no scheduler may know of it, and none then answers
+                manager.rid_to_state.pop(rid, None)
+            inside.is_aborted = True
+            inside.end()
 
     async def release(self, request_id: str) -> None:
         """A prefill leg that has ended here has handed its KV over; one that has not is given up."""
@@ -135,7 +162,8 @@ class SGLangEngine:
         info = self._check_serving()
         if command.__struct_config__.tag not in info.controls:
             raise admission.no_such_control(command, info)
-        await self._control(command)
+        assert self._control is not None
+        await self._while_it_lives(self._control.carry_out(command))
 
     async def stop(self) -> None:
         await self._startup.end()
@@ -162,12 +190,17 @@ class SGLangEngine:
             self._watch = DeathWatch(self.processes())
             if spec.launcher == "ray":
                 self._watch_actors(self._watch)
-            self._watch.death.add_done_callback(lambda _: self._lose_all("the SGLang engine died"))
+            self._over = asyncio.get_running_loop().create_future()
+            self._watch.death.add_done_callback(
+                lambda death: self._lose_all(f"the SGLang engine died: {death.result()}")
+            )
             if spec.node_rank:
                 return None
             self._take_over()
             info = self._describe()
-            await self._warm_up()
+            keeps_weights = bool(spec.engine_args.get("enable_weights_cpu_backup"))
+            self._control = Control(self._engine.tokenizer_manager, keeps_weights)
+            await self._while_it_lives(self._warm_up())
         except BaseException as error:
             await self._shut_down()
             if isinstance(error, EngineStartError) or not isinstance(error, Exception):
@@ -183,11 +216,12 @@ class SGLangEngine:
 
         ignore_failure_signal()
         engine.run_data_parallel_controller_process = run_controller
-        managers: list[Any] = []
+        opened: list[Callable[[], Any]] = []
 
-        def make_manager(*given: Any, **named: Any) -> Any:
-            made = engine.init_tokenizer_manager(*given, **named)
-            managers.append(made[0])
+        def make_manager(server_args: Any, port_args: Any, *others: Any) -> Any:
+            opened.append(lambda: _remove_files(port_args))
+            made = engine.init_tokenizer_manager(server_args, port_args, *others)
+            opened.extend(_opened_by(made[0]))
             return made
 
         ours = {
@@ -204,8 +238,7 @@ class SGLangEngine:
         except BaseException:
             atexit.unregister(started.shutdown)
             # Left to the garbage collector, a context can wait for ever for sockets that are collected after it.
-            for manager in managers:
-                _close_each(_opened_by(manager))
+            _close_each(opened)
             raise
         if started.tokenizer_manager is not None:
             started.tokenizer_manager._subprocess_watchdog.stop()  # It would end this process; we watch ourselves.
@@ -321,56 +354,62 @@ class SGLangEngine:
             raise EngineError(f"the SGLang engine died: {self._watch.death.result()}")
         return self.info
 
-    async def _steps(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
+    async def _steps(self, request: GenerateRequest, inside: _Inside) -> AsyncGenerator[TokenChunk]:
         """SGLang's outputs as chunks, its errors as ours."""
         from fastapi import HTTPException
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        made = GenerateReqInput(**sglang_requests.arguments(request, self._version))
+        order = sglang_args.priority_order(self.spec)
+        made = GenerateReqInput(**sglang_requests.arguments(request, self._version, order))
         local_cache, first = sglang_args.caches_prefixes(self.spec), True
         try:
             async with aclosing(self._engine.tokenizer_manager.generate_request(made, None)) as outputs:
-                async for output in outputs:
+                inside.first = asyncio.ensure_future(anext(outputs))
+                try:
+                    output = await inside.first
+                except asyncio.CancelledError:
+                    if inside.lost is not None:
+                        raise EngineError(inside.lost) from None
+                    if not inside.is_aborted:
+                        raise
+                    yield TokenChunk(request.request_id, [], "abort")
+                    return
+                inside.first = None
+                while True:
                     if request.leg is not Role.PREFILL:
                         yield sglang_requests.chunk(request, output, first, local_cache)
                         first = False
                     elif output["meta_info"]["finish_reason"] is not None:
                         yield sglang_requests.prefill_chunk(request, output)
+                    output = await anext(outputs)
+        except StopAsyncIteration:
+            return
         except ValueError as error:
             raise EngineError(f"SGLang refused the request: {error}", retryable=False) from None
         except HTTPException as error:
             retryable = error.status_code != HTTPStatus.BAD_REQUEST
             raise EngineError(f"SGLang lost the request: {error.detail}", retryable=retryable) from None
 
-    async def _control(self, command: Command) -> None:
-        from sglang.srt.managers import io_struct as messages
-
-        manager = self._engine.tokenizer_manager
-        match command:
-            case Pause(abort):
-                await manager.pause_generation(messages.PauseGenerationReqInput(mode="abort" if abort else "in_place"))
-            case Resume():
-                await manager.continue_generation(messages.ContinueGenerationReqInput())
-            case UpdateWeights(path):
-                loaded, message, *_ = await manager.update_weights_from_disk(
-                    messages.UpdateWeightFromDiskReqInput(model_path=path), None
-                )
-                if not loaded:
-                    raise EngineError(f"SGLang did not load {path}: {message}", retryable=False, field="path")
-            case Sleep(discard_weights):
-                if not discard_weights and not self.spec.engine_args.get("enable_weights_cpu_backup"):
-                    raise EngineError(
-                        "SGLang keeps weights through a sleep only with engine_args.enable_weights_cpu_backup; "
-                        "set it, or discard them",
-                        retryable=False,
-                        field="discard_weights",
-                    )
-                await manager.release_memory_occupation(messages.ReleaseMemoryOccupationReqInput(), None)
-            case Wake():
-                await manager.resume_memory_occupation(messages.ResumeMemoryOccupationReqInput(), None)
+    async def _while_it_lives(self, work: Awaitable[T]) -> T:
+        """What it returns; its processes may end, and then nobody answers it."""
+        assert self._over is not None
+        task = asyncio.ensure_future(work)
+        try:
+            waiting: list[asyncio.Future[Any]] = [task, self._over]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise EngineError(self._over.result())
+            return task.result()
+        finally:
+            task.cancel()
 
     def _lose_all(self, reason: str) -> None:
-        """End every request inside with an error: what would end it has ended."""
+        """End every request and command inside with an error: what would end it has ended."""
+        if self._over is not None and not self._over.done():
+            self._over.set_result(reason)
+        for inside in self._inside.values():
+            inside.lost = reason
+            inside.end()
         if self._engine is None or self._engine.tokenizer_manager is None:
             return
         for state in list(self._engine.tokenizer_manager.rid_to_state.values()):
@@ -403,14 +442,9 @@ def rank_load(rank: int, snapshot: Any, block_size: int, total_blocks: int) -> R
     """A rank's load from SGLang's LoadSnapshot; zeros before it has made its first."""
     if snapshot is None:
         return RankLoad(rank, 0, 0, 0, total_blocks)
-    waiting = snapshot.num_waiting_reqs
-    if (queues := snapshot.disaggregation) is not None:
-        waiting += (
-            queues.prefill_bootstrap_queue_reqs
-            + queues.prefill_inflight_queue_reqs
-            + queues.decode_prealloc_queue_reqs
-            + queues.decode_transfer_queue_reqs
-        )
+    waiting = snapshot.num_waiting_reqs  # those of all queues but one (load_inquirer.py)
+    if snapshot.disaggregation is not None:
+        waiting += snapshot.disaggregation.prefill_inflight_queue_reqs
     return RankLoad(rank, snapshot.num_running_reqs, waiting, -(-snapshot.num_used_tokens // block_size), total_blocks)
 
 
@@ -454,10 +488,16 @@ def _end(engine: Any) -> None:
     multiprocessing.active_children()  # Reaps those that have ended.
     if engine.tokenizer_manager is not None:
         _close_each([*_opened_by(engine.tokenizer_manager), lambda: engine.send_to_rpc.context.destroy(linger=0)])
-    _close_each([engine.loop.close])
-    for name in dataclasses.asdict(engine.port_args).values():
-        if isinstance(name, str) and name.startswith("ipc://"):
-            Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
+    _close_each([engine.loop.close, lambda: _remove_files(engine.port_args)])
+
+
+def _remove_files(port_args: Any) -> None:
+    """Of its sockets, and where its ranks write their load, which SGLang leaves."""
+    from sglang.srt.managers.load_snapshot import shm_path_for
+
+    names = [name for name in dataclasses.asdict(port_args).values() if isinstance(name, str)]
+    for path in (shm_path_for(port_args.instance_id), *(name for name in names if name.startswith("ipc://"))):
+        Path(path.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def _opened_by(manager: Any) -> list[Callable[[], Any]]:

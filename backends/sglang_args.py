@@ -199,11 +199,18 @@ def features(spec: LaunchSpec) -> tuple[Feature, ...]:
     found = [Feature.MIN_P, Feature.CACHE_SALT]
     if args.get("enable_deterministic_inference"):
         found.append(Feature.SEED)  # SGLang reads sampling_seed under no other condition (sampling_batch_info.py).
-    if args.get("enable_priority_scheduling"):
+    if priority_order(spec):
         found.append(Feature.PRIORITY)
     if masks_tokens(spec):
         found += [Feature.MIN_TOKENS, Feature.JSON_OBJECT, Feature.JSON_SCHEMA, Feature.REGEX, Feature.GRAMMAR]
     return tuple(found)
+
+
+def priority_order(spec: LaunchSpec) -> int:
+    """Of SGLang's priorities: 1 where greater ones run earlier, -1 where smaller ones do, 0 where there are none."""
+    if not spec.engine_args.get("enable_priority_scheduling"):
+        return 0
+    return -1 if spec.engine_args.get("schedule_low_priority_values_first") else 1
 
 
 def controls(spec: LaunchSpec) -> tuple[str, ...]:

@@ -27,8 +27,12 @@ def rid_of(request_id: str) -> str:
     return request_id + "/"
 
 
-def arguments(request: GenerateRequest, version: str) -> dict[str, Any]:
+def arguments(request: GenerateRequest, version: str, priority_order: int = 0) -> dict[str, Any]:
     """The keyword arguments of SGLang's GenerateReqInput.
+
+    Args:
+        priority_order: as `sglang_args.priority_order` says. Where there is one, every request is told its priority:
+            to SGLang one without comes last, behind those of a low one.
 
     Raises:
         EngineError: SGLang cannot do what is asked.
@@ -45,8 +49,8 @@ def arguments(request: GenerateRequest, version: str) -> dict[str, Any]:
         args |= {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": sampling.logprobs}
     if request.lora is not None:
         args["lora_path"] = request.lora
-    if request.priority:
-        args["priority"] = request.priority
+    if priority_order:
+        args["priority"] = priority_order * request.priority
     if request.cache_salt is not None:
         args["extra_key" if version == "0.5.16" else "cache_salt"] = request.cache_salt
     if request.handoff is not None:

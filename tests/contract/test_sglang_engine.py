@@ -29,14 +29,18 @@ from engines import (
 
 from backends import create
 from backends.engine import (
+    Engine,
     EngineError,
     EngineStartError,
     Feature,
     KVHandoff,
+    Pause,
+    Resume,
     Role,
     Sampling,
     Sleep,
     Structure,
+    TokenChunk,
     UpdateWeights,
     Wake,
 )
@@ -80,6 +84,17 @@ async def test_adapters_answer_differently_and_share_no_cache(name: str, tmp_pat
         assert (refusal.value.retryable, refusal.value.field) == (False, "lora")
 
 
+async def begun(engine: Engine, max_tokens: int) -> asyncio.Task[list[TokenChunk]]:
+    """A request that the scheduler has, and what comes after its first chunk."""
+    stream = engine.generate(request(prompt(20), greedy(max_tokens)))
+    first = await anext(stream)
+
+    async def rest() -> list[TokenChunk]:
+        return [first, *[chunk async for chunk in stream]]
+
+    return asyncio.create_task(rest())
+
+
 async def test_it_sleeps_and_wakes_where_it_was_started_to(name: str) -> None:
     args = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
     async with running(spec(name, engine_args=args), name) as (engine, info):
@@ -90,6 +105,94 @@ async def test_it_sleeps_and_wakes_where_it_was_started_to(name: str) -> None:
         after = await answer(engine, prompt(140), greedy(6))
         assert after.tokens == before.tokens
         assert after.chunks[0].cached_tokens == 0
+
+
+async def test_sleep_aborts_what_is_inside_and_what_comes_waits_until_it_is_awake(name: str) -> None:
+    """SGLang's schedulers end where a request is inside when they are told to."""
+    args = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
+    async with running(spec(name, engine_args=args), name) as (engine, _):
+        inside = await begun(engine, 1500)
+        await engine.control(Sleep())
+        assert (await asyncio.wait_for(inside, 2.0))[-1].finish_reason == "abort"
+        await engine.control(Sleep())
+        late = asyncio.create_task(answer(engine, prompt(20), greedy(3)))
+        with pytest.raises(EngineError, match="wake") as refusal:
+            await engine.control(UpdateWeights(loader.model("other")))
+        assert not refusal.value.retryable
+        for command in (Pause(abort=True), Resume()):
+            await engine.control(command)
+        await asyncio.sleep(0.2)
+        assert not late.done()
+        for _ in range(2):
+            await engine.control(Wake())
+        assert len((await asyncio.wait_for(late, 2.0)).tokens) == 3
+
+
+async def test_weights_are_refused_while_requests_stand_inside_and_wait_for_running_ones(name: str) -> None:
+    """SGLang 0.5.16's schedulers end where one is inside when its cache cannot be emptied."""
+    async with running(spec(name), name) as (engine, _):
+        inside = await begun(engine, 400)
+        await engine.control(Pause())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("backends.sglang_control.EMPTY_S", 0.2)
+            with pytest.raises(EngineError, match="resume it") as refusal:
+                await engine.control(UpdateWeights(loader.model("other")))
+        assert (refusal.value.retryable, refusal.value.field) == (False, "command")
+        await engine.control(Resume())
+        await engine.control(UpdateWeights(loader.model("other")))
+        assert inside.done()
+        assert sum(len(chunk.token_ids) for chunk in await inside) == 400
+
+
+async def test_a_pause_that_aborts_ends_what_stands_in_a_paused_engine(name: str) -> None:
+    async with running(spec(name), name) as (engine, _):
+        inside = await begun(engine, 1500)
+        await engine.control(Pause())
+        await asyncio.wait_for(engine.control(Pause(abort=True)), 5.0)
+        assert (await inside)[-1].finish_reason == "abort"
+        await engine.control(Resume())
+        assert (await answer(engine, prompt(5), greedy(1))).tokens
+
+
+async def test_what_waits_for_the_end_of_a_pause_can_be_aborted_closed_and_stopped(name: str) -> None:
+    async with running(spec(name), name) as (engine, _):
+        await engine.control(Pause())
+        waiting = [request(prompt(20, seed), greedy(3)) for seed in range(3)]
+        aborted, closed, stopped = (asyncio.create_task(collect(engine, each)) for each in waiting)
+        await asyncio.sleep(0.1)
+        await engine.abort(waiting[0].request_id)
+        (chunk,) = (await asyncio.wait_for(aborted, 1.0)).chunks
+        assert (chunk.token_ids, chunk.finish_reason) == ([], "abort")
+        closed.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closed
+        manager = engine._engine.tokenizer_manager  # type: ignore[attr-defined]
+        assert len(manager.rid_to_state) == 1
+        await engine.stop()
+        with pytest.raises(EngineError, match="stopped"):
+            await asyncio.wait_for(stopped, 1.0)
+
+
+async def test_a_command_does_not_outwait_the_engine(name: str) -> None:
+    async with running(spec(name), name) as (engine, _):
+        inside = await begun(engine, 1500)
+        loading = asyncio.create_task(engine.control(UpdateWeights(loader.model("other"))))
+        await asyncio.sleep(0.1)
+        psutil.Process(engine.processes()[0].pid).kill()  # type: ignore[attr-defined]
+        with pytest.raises(EngineError, match="died"):
+            await asyncio.wait_for(loading, 2.0)
+        with pytest.raises(EngineError, match="died"):
+            await inside
+
+
+async def test_no_file_is_left_of_an_engine_nor_of_a_start_that_failed(name: str) -> None:
+    before = set(Path("/dev/shm").glob("sglang_loads_*"))
+    async with running(spec(name), name):
+        assert set(Path("/dev/shm").glob("sglang_loads_*")) > before
+    failing = create("sglang", spec(name, model_path=loader.model("failing", failure="no")))
+    with KINDS[name].library(), pytest.raises(EngineStartError):
+        await failing.start()
+    assert set(Path("/dev/shm").glob("sglang_loads_*")) <= before
 
 
 async def test_other_weights_answer_otherwise(name: str) -> None:

@@ -44,6 +44,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "GenerateReqInput",
         "PauseGenerationReqInput",
         "ContinueGenerationReqInput",
+        "FlushCacheReqInput",
         "UpdateWeightFromDiskReqInput",
         "ReleaseMemoryOccupationReqInput",
         "ResumeMemoryOccupationReqInput",
@@ -89,7 +90,11 @@ def record(package: Path) -> dict[str, Any]:
         "class_options": {name: given for name, given in options.items() if given},
         "event_defaults": {name: defaults[name] for name in ("EventBatch", "BlockStored", "BlockRemoved")},
         "manager": sorted(
-            {*_names(_find(manager, "TokenizerManager")), *_names(_find(mixin, "TokenizerControlMixin"))}
+            {
+                *_names(_find(manager, "TokenizerManager")),
+                *_names(_find(mixin, "TokenizerControlMixin")),
+                *_communicators(mixin),
+            }
         ),
         "engine": sorted(_names(_find(_parse(package / "srt/entrypoints/engine.py"), "Engine"))),
         "finish_reasons": _finish_reasons(_parse(package / "srt/managers/schedule_batch.py")),
@@ -147,6 +152,16 @@ def _names(node: ast.ClassDef) -> set[str]:
         and getattr(each.value, "id", "") == "self"
     }
     return given | {each.name for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def _communicators(tree: ast.AST) -> set[str]:
+    """The attributes that it makes of a list of (name, class of the answers)."""
+    pairs = [each.elts for each in ast.walk(tree) if isinstance(each, ast.Tuple) and len(each.elts) >= 2]
+    return {
+        f"{name.value}_communicator"
+        for name, answer, *_ in pairs
+        if isinstance(getattr(name, "value", None), str) and isinstance(answer, ast.Name)
+    }
 
 
 def _finish_reasons(tree: ast.Module) -> dict[str, list[str]]:

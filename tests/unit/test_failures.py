@@ -13,6 +13,14 @@ RECORDED: list[tuple[str, str, str, str]] = [
     # backend, line, words of the cause, the field or thing that the fix names
     (
         "sglang",
+        "ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.01. Raise "
+        "--mem-fraction-static above 0.079 (minimum viable = 1 - available/pre = 0.0786). If using speculative "
+        "decoding, draft weights are now counted.",
+        "no memory for the KV cache, with decode.engine_args.mem_fraction_static at 0.01",
+        "raise it above 0.079, or give the worker more GPUs (decode.parallelism)",
+    ),
+    (
+        "sglang",
         "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static. Current value: "
         "mem_fraction_static=0.3",
         "no memory for the KV cache",

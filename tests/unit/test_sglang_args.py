@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from backends.engine import EngineStartError, Feature, LaunchSpec, NodePlace, Role
+from backends.engine import EngineStartError, Feature, LaunchSpec, NodePlace, RankLoad, Role
+from backends.sglang import rank_load
 from backends.sglang_args import (
     BOOTSTRAP,
     EVENTS,
@@ -16,6 +18,7 @@ from backends.sglang_args import (
     environment,
     features,
     node_of_rank,
+    priority_order,
     publishes_events,
     rank_ports,
 )
@@ -140,3 +143,15 @@ def test_the_node_s_address_is_what_sglang_tells_others() -> None:
     assert must["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] == "0"
     assert defaults["NCCL_SOCKET_IFNAME"] == "eth0"
     assert "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES" in environment(spec(launcher="ray"))[0]
+
+
+def test_priorities_are_in_sglang_s_order_where_it_has_one() -> None:
+    args = {"enable_priority_scheduling": True, "schedule_low_priority_values_first": True}
+    assert [priority_order(spec(engine_args=dict(list(args.items())[:n]))) for n in range(3)] == [0, 1, -1]
+
+
+def test_what_waits_is_counted_once() -> None:
+    """SGLang counts all queues in num_waiting_reqs but that of prefill's requests whose KV is being fetched."""
+    queues = SimpleNamespace(prefill_bootstrap_queue_reqs=2, prefill_inflight_queue_reqs=3)
+    snapshot = SimpleNamespace(num_running_reqs=1, num_waiting_reqs=7, num_used_tokens=65, disaggregation=queues)
+    assert rank_load(0, snapshot, block_size=64, total_blocks=10) == RankLoad(0, 1, 10, 2, 10)

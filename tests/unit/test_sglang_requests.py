@@ -49,9 +49,15 @@ def test_a_salt_goes_by_the_version_s_name() -> None:
 
 
 def test_an_adapter_and_a_priority_are_passed_on() -> None:
-    args = arguments(request(lora="sql", priority=3), "0.5.23")
+    args = arguments(request(lora="sql", priority=3), "0.5.23", priority_order=1)
     assert (args["lora_path"], args["priority"]) == ("sql", 3)
     assert not {"lora_path", "priority"} & arguments(request(), "0.5.23").keys()
+
+
+def test_where_there_are_priorities_every_request_has_one_and_greater_ones_run_earlier() -> None:
+    """SGLang puts one without behind all others, and may have been told that smaller ones run earlier."""
+    assert arguments(request(), "0.5.16", priority_order=1)["priority"] == 0
+    assert arguments(request(priority=3), "0.5.16", priority_order=-1)["priority"] == -3
 
 
 def test_stop_tokens_end_an_answer_only_without_ignore_eos() -> None:

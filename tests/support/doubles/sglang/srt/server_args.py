@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,9 +105,16 @@ class PortArgs:
     nccl_port: int
     rendezvous: str
     """What torch.distributed listens on in the first rank."""
+    instance_id: str
 
     @classmethod
     def init_new(cls, server_args: ServerArgs) -> PortArgs:
         host, _, port = server_args.dist_init_addr.rpartition(":")
         base = int(port) + 1
-        return cls(f"tcp://{host}:{base}", f"tcp://{host}:{base + 4}", server_args.nccl_port, f"{host}:{port}")
+        return cls(
+            f"tcp://{host}:{base}",
+            f"tcp://{host}:{base + 4}",
+            server_args.nccl_port,
+            f"{host}:{port}",
+            uuid.uuid4().hex[:12],
+        )

@@ -36,6 +36,11 @@ class UpdateWeightFromDiskReqInput:
 
 
 @dataclass(kw_only=True)
+class FlushCacheReqInput:
+    timeout_s: float | None = None
+
+
+@dataclass(kw_only=True)
 class ReleaseMemoryOccupationReqInput:
     tags: list[str] | None = None
 

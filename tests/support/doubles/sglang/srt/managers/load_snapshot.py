@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 
@@ -28,10 +30,15 @@ class LoadSnapshot(msgspec.Struct, omit_defaults=True):
     disaggregation: DisaggregationMetrics | None = None
 
 
-class LoadSnapshotReader:
-    """The real ones read shared memory or a socket; here the manager puts the snapshots in."""
+def shm_path_for(ipc_name: str) -> str:
+    return f"/dev/shm/sglang_loads_double_{ipc_name}.shm"
 
-    def __init__(self) -> None:
+
+class LoadSnapshotReader:
+    """The real ones read a file or a socket; here the manager puts the snapshots in, and the file is empty."""
+
+    def __init__(self, path: str) -> None:
+        Path(path).touch()
         self.newest: dict[int, LoadSnapshot] = {}
 
     def read_all(self) -> list[LoadSnapshot]:

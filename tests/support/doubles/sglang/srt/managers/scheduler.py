@@ -257,7 +257,12 @@ class Rank:
             case {"abort": rid}:
                 for name in [name for name in self._tasks if name.startswith(rid)]:
                     self._tasks[name].cancel()
+            case {"flush": _}:
+                await self._send(flushed=not self._tasks)
             case {"command": name, "path": path}:
+                if name in ("update_weights", "release_memory") and self._tasks:
+                    logger.error("AssertionError: Cache flush failed after updating weights")
+                    _fail()
                 await self.engine.control(COMMANDS[name](path))
 
     async def _run(self, fields: dict[str, Any]) -> None:
@@ -389,7 +394,6 @@ class Rank:
             disaggregation = DisaggregationMetrics("prefill", prefill_inflight_queue_reqs=self.engine.num_held)
         elif self.role is Role.DECODE:
             disaggregation = DisaggregationMetrics("decode", decode_transfer_queue_reqs=waiting)
-            waiting = 0
         page = self.args.page_size
         await self._send(
             load=LoadSnapshot(

@@ -20,7 +20,7 @@ import zmq
 import zmq.asyncio
 from sglang.srt.disaggregation.bootstrap import BootstrapServer
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.load_snapshot import LoadSnapshot, LoadSnapshotReader
+from sglang.srt.managers.load_snapshot import LoadSnapshot, LoadSnapshotReader, shm_path_for
 from sglang.srt.server_args import recorded
 
 
@@ -48,7 +48,7 @@ class TokenizerManager:
         self.event_loop: asyncio.AbstractEventLoop | None = None
         self.is_pause = False
         self.is_pause_cond = asyncio.Condition()
-        self.load_snapshot_reader = LoadSnapshotReader()
+        self.load_snapshot_reader = LoadSnapshotReader(shm_path_for(port_args.instance_id))
         context = zmq.asyncio.Context()
         self.send_to_scheduler = context.socket(zmq.ROUTER, socket_class=zmq.Socket)
         self.send_to_scheduler.bind(port_args.scheduler_input_ipc_name)
@@ -57,6 +57,7 @@ class TokenizerManager:
         self._subprocess_watchdog: Any = None
         self._num_inside = 0
         """Holders of the real one's model_update_lock."""
+        self._flushed: asyncio.Queue[bool] = asyncio.Queue()
         self._round_robin = itertools.count()
         self.bootstrap_server: BootstrapServer | None = None
         if server_args.disaggregation_mode == "prefill":
@@ -76,6 +77,8 @@ class TokenizerManager:
             message = msgspec.msgpack.decode(await self.recv_from_detokenizer.recv())
             if "load" in message:
                 self.load_snapshot_reader.newest[message["rank"]] = msgspec.convert(message["load"], LoadSnapshot)
+            elif "flushed" in message:
+                self._flushed.put_nowait(message["flushed"])
             else:
                 self._handle_output(message["output"], message["rank"])
 
@@ -126,6 +129,10 @@ class TokenizerManager:
             self.is_pause = False
             self._send_to_all({"command": "continue", "path": ""})
             self.is_pause_cond.notify_all()
+
+    async def flush_cache_communicator(self, obj: Any) -> list[SimpleNamespace]:
+        self._send_to_all({"flush": True})
+        return [SimpleNamespace(success=await self._flushed.get()) for _ in range(self.server_args.num_dp_ranks)]
 
     async def update_weights_from_disk(self, obj: Any, request: Any = None) -> tuple[bool, str, int]:
         if not os.path.isdir(obj.model_path):
