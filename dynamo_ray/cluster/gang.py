@@ -129,7 +129,7 @@ async def _start(
     secret: bytes,
     progress: Callable[[str], None],
 ) -> tuple[WorkerInfo, ...]:
-    ports = workload.num_ports(work.config)
+    ports = workload.num_ports(work.config, config.launcher(work.role))
     prepared: list[NodePlace] = await _all([actor.prepare.remote(ports) for actor in actors])
     bundles = tuple(reservation.node_ids.index(bundle.node_id) for bundle in placement.bundles)
     specs = workload.launch_specs(config, work, placement, prepared, bundles)

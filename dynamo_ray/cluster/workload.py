@@ -10,7 +10,7 @@ from pathlib import Path
 import backends
 from backends.engine import LaunchSpec, NodePlace, Role
 from dynamo_ray import __version__
-from dynamo_ray.config import DeploymentConfig, ParallelismConfig, RoleConfig
+from dynamo_ray.config import DeploymentConfig, Launcher, ParallelismConfig, RoleConfig
 from placement.parallelism import Parallelism
 from placement.plan import WorkerGroup, WorkerPlacement
 
@@ -81,12 +81,14 @@ def config_hash(config: DeploymentConfig, role: Role) -> str:
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def num_ports(config: RoleConfig) -> int:
+def num_ports(config: RoleConfig, launcher: Launcher) -> int:
     """Consecutive ports one node of a worker may listen on, for the most that an engine asks for (backends/*_args.py).
 
     SGLang: 16 for the engine as a whole, of which it uses 12, and 3 a rank for KV events, their replay and its load.
+    Where it starts its ranks as Ray actors, they all count from one port, whichever node they are on.
     """
-    return NUM_ENGINE_PORTS + NUM_RANK_PORTS * config.parallelism.num_ranks // config.nodes
+    ranks = config.parallelism.num_ranks
+    return NUM_ENGINE_PORTS + NUM_RANK_PORTS * (ranks if launcher == "ray" else ranks // config.nodes)
 
 
 def launch_specs(

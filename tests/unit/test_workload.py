@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from backends import arguments, sglang_args
 from backends.engine import NodePlace, Role
 from dynamo_ray.cluster.workload import config_hash, launch_specs, num_ports, works
-from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.config import DeploymentConfig, Launcher
 from placement.plan import plan
 from placement.topology import Node, Resources, Topology
 
@@ -65,7 +67,14 @@ def test_a_configuration_that_names_no_version_is_for_the_newest_against_which_i
     assert version(engine_version="0.32.0") == "0.32.0"
 
 
-def test_a_node_has_ports_for_the_most_an_engine_asks_for() -> None:
-    checked = config()
-    assert num_ports(checked.roles[Role.DECODE]) >= sglang_args.EVENTS + 3 * 2  # two ranks on each node
-    assert num_ports(checked.roles[Role.DECODE]) > num_ports(checked.roles[Role.PREFILL])
+@pytest.mark.parametrize("launcher", ["processes", "ray"])
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (16, 2), (72, 9)])
+def test_a_node_has_ports_for_the_most_an_engine_asks_for(launcher: Launcher, ranks: int, nodes: int) -> None:
+    role = {"nodes": nodes, "parallelism": {"attn_dp": ranks, "moe_ep": ranks}, "launcher": launcher}
+    checked = config(backend="sglang", prefill=None, decode=None, aggregated=role)
+    work = works(checked)["aggregated-0"]
+    one = Resources(8.0, 0, 2**34)
+    placement = plan(Topology(tuple(Node(f"n{i}", f"10.0.0.{i}", one, one) for i in range(nodes))), [work.group])
+    places = [NodePlace()] * nodes
+    for spec in launch_specs(checked, work, placement.of("aggregated-0"), places):
+        assert sglang_args.num_ports(spec) <= num_ports(work.config, launcher)
