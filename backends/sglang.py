@@ -231,6 +231,7 @@ class SGLangEngine:
         }
         if self._launcher.cancelled:
             raise EngineStartError("the start was given up")
+        before = [child.pid for child in multiprocessing.active_children()]
         kind: Any = type("Engine", (_engine_class(self.spec),), ours)
         started = kind.__new__(kind)
         try:
@@ -240,6 +241,8 @@ class SGLangEngine:
             # Left to the garbage collector, a context can wait for ever for sockets that are collected after it.
             _close_each(opened)
             raise
+        pids = started.get_all_child_pids()  # not quite: what some arguments start beside the ranks is not among them
+        pids.extend(child.pid for child in multiprocessing.active_children() if child.pid not in (*before, *pids))
         if started.tokenizer_manager is not None:
             started.tokenizer_manager._subprocess_watchdog.stop()  # It would end this process; we watch ourselves.
         return started

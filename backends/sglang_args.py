@@ -164,6 +164,8 @@ def check_layout(spec: LaunchSpec) -> None:
     width = spec.attn_tp * spec.attn_dp
     if width % spec.moe_ep:
         raise EngineStartError(f"parallelism.moe_ep: SGLang needs a divisor of attn_tp*attn_dp={width}")
+    if spec.num_ranks % spec.num_nodes:
+        raise EngineStartError(f"nodes: {spec.num_ranks} ranks do not divide by {spec.num_nodes} nodes")
     if spec.num_nodes > 1 and spec.pp % spec.num_nodes and spec.num_nodes % spec.pp:
         raise EngineStartError(f"nodes: {spec.num_nodes} nodes and pp={spec.pp}: one must be a multiple of the other")
     if spec.pp > 1 and spec.attn_dp > 1 and spec.num_nodes > 1:
@@ -224,8 +226,8 @@ def num_ports(spec: LaunchSpec) -> int:
 
 
 def num_local_ranks(spec: LaunchSpec) -> int:
-    """Attention DP ranks that publish from one node: all of a narrow worker's, its share of a wide one's."""
-    return max(1, spec.attn_dp // spec.num_nodes)
+    """Attention DP ranks that publish from one node, at most: all of a narrow worker's, its share of a wide one's."""
+    return -(-spec.attn_dp // spec.num_nodes)
 
 
 def rank_ports(spec: LaunchSpec, node_rank: int) -> RankPorts:
@@ -240,8 +242,8 @@ def rank_ports(spec: LaunchSpec, node_rank: int) -> RankPorts:
 
 
 def first_rank_of(spec: LaunchSpec, node_rank: int) -> int:
-    """The first attention DP rank that lives on that node."""
-    return node_rank * spec.attn_dp // spec.num_nodes
+    """The first attention DP rank that begins on that node, or on a later one."""
+    return -(-node_rank * spec.attn_dp // spec.num_nodes)
 
 
 def node_of_rank(spec: LaunchSpec, dp_rank: int) -> int:

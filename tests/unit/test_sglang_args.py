@@ -18,6 +18,7 @@ from backends.sglang_args import (
     environment,
     features,
     node_of_rank,
+    num_ports,
     priority_order,
     publishes_events,
     rank_ports,
@@ -155,3 +156,25 @@ def test_what_waits_is_counted_once() -> None:
     queues = SimpleNamespace(prefill_bootstrap_queue_reqs=2, prefill_inflight_queue_reqs=3)
     snapshot = SimpleNamespace(num_running_reqs=1, num_waiting_reqs=7, num_used_tokens=65, disaggregation=queues)
     assert rank_load(0, snapshot, block_size=64, total_blocks=10) == RankLoad(0, 1, 10, 2, 10)
+
+
+@pytest.mark.parametrize(
+    ("layout", "homes"),
+    [
+        ({"attn_tp": 2, "attn_dp": 3, "moe_ep": 6, "nodes": places(2)}, [0, 0, 1]),
+        ({"attn_tp": 4, "attn_dp": 2, "moe_ep": 8, "nodes": places(4)}, [0, 2]),
+    ],
+)
+def test_ranks_that_do_not_divide_by_nodes_publish_on_the_node_where_they_begin(
+    layout: dict[str, Any], homes: list[int]
+) -> None:
+    made = spec(Role.PREFILL, **layout)
+    assert [node_of_rank(made, rank) for rank in range(made.attn_dp)] == homes
+    endpoints = [
+        rank_ports(made, home).endpoint(stream, rank) for rank, home in enumerate(homes) for stream in range(3)
+    ]
+    assert len(set(endpoints)) == len(endpoints)
+    for endpoint in endpoints:
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        (node,) = (node for node in made.nodes if node.address == host)
+        assert int(port) in node.ports[EVENTS : num_ports(made)]
