@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
@@ -12,12 +14,13 @@ from typing import Any
 import pytest
 
 pytest.importorskip("ray")
-from control import APP, Deployed, config, deployed, fake_cluster, run
+from control import APP, Deployed, config, deployed, fake_cluster, kill_orchestrator, run
 from ray.cluster_utils import Cluster
 
 import dynamo_ray
 from backends.engine import Role, Sampling
 from dynamo_ray import Pause, Resume, Sleep, UpdateWeights, Wake
+from dynamo_ray.cluster import gang
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ControlError, NotReady
 from dynamo_ray.request.dispatch import Dispatch
@@ -157,6 +160,34 @@ def test_a_role_or_a_worker_may_be_told_alone_and_a_failure_says_who_and_why(clu
             await asyncio.to_thread(dynamo_ray.control, "nothing", Pause())
 
     connected(checked, 3, work)
+
+
+def test_a_worker_stays_halted_under_another_orchestrator_and_the_one_that_replaces_it_is_not(cluster: Cluster) -> None:
+    checked = config()
+
+    async def work(dispatch: Dispatch) -> None:
+        expected = await ask(dispatch)
+        await control(Pause())
+        await until(lambda: dispatch.ready() is not None)
+        assert dispatch.membership is not None
+        before = dispatch.membership.version
+        await asyncio.to_thread(kill_orchestrator)
+        await until(lambda: dispatch.membership is not None and dispatch.membership.version > before + 1000)
+        await until(lambda: dispatch.workers.paused(Role.AGGREGATED) == {"aggregated-0": "is paused"})
+        with pytest.raises(NotReady, match="aggregated-0 is paused"):
+            await ask(dispatch)
+        await control(Resume())
+        await until(lambda: dispatch.ready() is None)
+        assert await ask(dispatch) == expected
+        await control(Pause())
+        await until(lambda: dispatch.ready() is not None)
+        ((_, described),) = (await gang.find(APP))["aggregated-0"]
+        assert described is not None
+        os.kill(described.pid, signal.SIGKILL)
+        await until(lambda: dispatch.ready() is None)
+        assert await ask(dispatch) == expected
+
+    connected(checked, 1, work)
 
 
 def test_a_worker_that_does_not_run_is_said_to(cluster: Cluster) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("ray")
 import ray
-from control import APP, config, deployed, fake_cluster, run
+from control import APP, config, deployed, fake_cluster, kill_orchestrator, run
 from ray import serve
 from ray.cluster_utils import Cluster
 
@@ -141,17 +141,11 @@ def test_a_restarted_orchestrator_adopts_the_same_processes(cluster: Cluster) ->
     with deployed(config(aggregated={"replicas": 2})) as it:
         first = it.ready(2)
         before = pids()
-        actor = next(a for a in serve_replicas() if "Orchestrator" in a)
-        ray.kill(ray.get_actor(actor, "serve"), no_restart=False)
+        kill_orchestrator()
         again = it.until(lambda seen: seen.version > first.version + 1000 and len(seen.workers) == 2, "adopted")
         assert {worker.epoch for worker in again.workers} == {1}
         assert again.secret == first.secret
         assert pids() == before
-
-
-def serve_replicas() -> list[str]:
-    listed = ray.util.list_named_actors(all_namespaces=True)
-    return [a["name"] for a in listed if a["namespace"] == "serve" and a["name"].startswith("SERVE_REPLICA")]
 
 
 def test_a_changed_role_is_replaced_and_an_unchanged_one_kept(cluster: Cluster) -> None:

@@ -97,6 +97,13 @@ def deployed(checked: DeploymentConfig) -> Iterator[Deployed]:
         assert run(lambda: reserve.find(f"{APP}/")) == {}
 
 
+def kill_orchestrator() -> None:
+    """Serve makes another one in its place."""
+    listed = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == "serve"]
+    (name,) = [name for name in listed if name.startswith("SERVE_REPLICA") and "Orchestrator" in name]
+    ray.kill(ray.get_actor(name, "serve"), no_restart=False)
+
+
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
     async def main() -> Any:
         return await work()
