@@ -20,6 +20,9 @@ from backends.engine import (
 ANY_OBJECT = '{"type": "object"}'
 """What `json_object` means to SGLang's own HTTP server too (serving_chat.py)."""
 
+ABORTED = "Aborted by AbortReq."
+"""What SGLang says where it was told to; of a request whose structure it still compiles as of a client's mistake."""
+
 
 def rid_of(request_id: str) -> str:
     """SGLang's name of a request. It aborts every request whose name begins with the given one (scheduler.py), so
@@ -137,11 +140,11 @@ def finish_reason(request: GenerateRequest, reason: Mapping[str, Any] | None) ->
         return "length"
     if kind == "stop":
         return "stop"
-    status = reason.get("status_code")
-    if status is None:
+    status, message = reason.get("status_code"), reason.get("message")
+    at_fault = status == HTTPStatus.BAD_REQUEST
+    if status is None or (at_fault and message == ABORTED):
         return "abort"
-    message = f"SGLang ended {request.request_id}: {reason.get('message')}"
-    raise EngineError(message, retryable=status != HTTPStatus.BAD_REQUEST)
+    raise EngineError(f"SGLang ended {request.request_id}: {message}", retryable=not at_fault)
 
 
 def token_logprobs(meta: Mapping[str, Any], num_top: int, num_tokens: int) -> list[TokenLogprob]:

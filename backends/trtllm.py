@@ -12,12 +12,12 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from backends import admission, arguments, failures, trtllm_args, trtllm_objects, trtllm_ray, trtllm_requests
 from backends.engine import (
@@ -34,6 +34,8 @@ from backends.engine import (
 from backends.processes import Launcher
 from backends.startup import Startup
 from backends.trtllm_reports import Reports
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +172,7 @@ class TensorRTLLMEngine:
             self._llm = await self._launched(self._launcher.run(lambda: self._launch(group), _end, must, defaults))
             self._death = asyncio.get_running_loop().create_future()
             self._spawn(self._watch())
-            await self._warm_up()
-            self.info = info = await self._describe()
+            self.info = info = await self._while_it_lives(self._begun())
         except BaseException as error:
             await self._shut_down()
             if isinstance(error, EngineStartError) or not isinstance(error, Exception):
@@ -236,22 +237,30 @@ class TensorRTLLMEngine:
         finally:
             executor.create_workers = original
 
+    async def _while_it_lives(self, work: Awaitable[T]) -> T:
+        """What it returns; a rank may end, and then nobody answers it."""
+        assert self._death is not None
+        task = asyncio.ensure_future(work)
+        waiting: list[asyncio.Future[Any]] = [task, self._death]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise EngineStartError(f"TensorRT-LLM died while it started: {self._death.result()}")
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _begun(self) -> EngineInfo:
+        await self._warm_up()
+        return await self._describe()
+
     async def _warm_up(self) -> None:
         """Send every rank a request, so that no client waits for kernels to compile; statistics begin with it."""
         requests = [
             GenerateRequest(f"warm-up-{rank}", WARM_UP_TOKENS, trtllm_requests.WARM_UP, dp_rank=rank)
             for rank in range(self.spec.attn_dp)
         ]
-        answers: asyncio.Future[Any] = asyncio.gather(
-            *(self._submit(each, each.dp_rank or 0).aresult() for each in requests)
-        )
-        assert self._death is not None
-        waiting: list[asyncio.Future[Any]] = [answers, self._death]
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if self._death.done():
-            answers.cancel()
-            raise EngineStartError(f"TensorRT-LLM died while it started: {self._death.result()}")
-        await answers
+        await asyncio.gather(*(self._submit(each, each.dp_rank or 0).aresult() for each in requests))
 
     async def _describe(self) -> EngineInfo:
         spec, llm, version = self.spec, self._llm, self._version
@@ -375,6 +384,8 @@ class TensorRTLLMEngine:
 
     async def _step(self, inside: _Inside) -> None:
         """Wait for its next output; ends with what `_lose_all` says when there will be none."""
+        if inside.lost is not None:  # while nobody waited for it
+            raise EngineError(inside.lost)
         inside.step = asyncio.ensure_future(anext(inside.output))
         try:
             await inside.step
@@ -447,6 +458,7 @@ class TensorRTLLMEngine:
                 await asyncio.wait_for(asyncio.to_thread(_end, llm), STOP_TIMEOUT_S)
         self._kill_workers()  # 1.2 only lets go of them
         self._workers = ()
+        self._held.clear()
         await self._reports.close()
         await self._launcher.finish()
 

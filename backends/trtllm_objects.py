@@ -38,7 +38,8 @@ def submit(llm: Any, request: GenerateRequest, rank: int, spec: LaunchSpec, vers
         return llm.generate_async(sampling_params=llmapi.SamplingParams(**sampling), **args)
     except Exception as error:  # noqa: BLE001 - its classes differ by version; they are told apart by name
         if is_of_one_request(error) or isinstance(error, ValueError | TypeError):
-            raise EngineError(f"TensorRT-LLM refused the request: {first_line(error)}", False, "prompt") from None
+            field = "prompt" if is_of_one_request(error) else None  # of what it checks before, its words tell
+            raise EngineError(f"TensorRT-LLM refused the request: {first_line(error)}", False, field) from None
         raise EngineError(f"TensorRT-LLM took no request: {first_line(error)}") from None
 
 

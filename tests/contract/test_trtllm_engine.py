@@ -165,6 +165,26 @@ async def test_an_executor_that_shuts_itself_down_is_a_death(name: str) -> None:
             await asyncio.wait_for(going, 2.0)
 
 
+async def test_a_death_reaches_a_stream_that_nobody_reads_at_the_time(name: str) -> None:
+    async with running(spec(name), name) as (engine, _):
+        stream = engine.generate(request_of(1500))
+        await anext(stream)
+        engine.workers()[0].kill()  # type: ignore[attr-defined]
+        assert await asyncio.wait_for(engine.died(), 2.0)
+        queue = next(iter(engine._inside.values())).output._queue  # type: ignore[attr-defined]
+        while not queue.empty():
+            queue.get_nowait()
+
+        async def rest() -> None:
+            async for _ in stream:
+                pass
+
+        reading = asyncio.create_task(rest())
+        assert reading in (await asyncio.wait([reading], timeout=1.0))[0], "it waits without end"
+        with pytest.raises(EngineError, match="died"):
+            await reading
+
+
 async def test_a_model_that_fails_to_load_on_a_rank_is_told_in_its_words(name: str) -> None:
     fields = KINDS[name].failing_start
     assert fields is not None

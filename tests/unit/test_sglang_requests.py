@@ -105,6 +105,8 @@ def test_an_abort_that_was_asked_for_is_an_end_and_another_is_an_error() -> None
     with pytest.raises(EngineError) as refusal:
         finish_reason(request(), {**lost, "status_code": 400})
     assert not refusal.value.retryable
+    compiling = {"type": "abort", "message": "Aborted by AbortReq.", "status_code": 400}
+    assert finish_reason(request(), compiling) == "abort", "it was told to, whatever it says of the client"
 
 
 def test_logprobs_are_those_of_the_chunk_s_own_tokens() -> None:
