@@ -198,9 +198,10 @@ def publishes_events(spec: LaunchSpec) -> bool:
 def features(spec: LaunchSpec) -> tuple[Feature, ...]:
     """What requests may ask for, as this engine is started."""
     args = spec.engine_args
-    found = [Feature.MIN_P, Feature.CACHE_SALT]
-    if args.get("enable_deterministic_inference"):
-        found.append(Feature.SEED)  # SGLang reads sampling_seed under no other condition (sampling_batch_info.py).
+    # SGLang reads sampling_seed under this condition only (sampling_batch_info.py), and its schedulers end at a request
+    # with min_p under it (sampler.py).
+    sampling = Feature.SEED if args.get("enable_deterministic_inference") else Feature.MIN_P
+    found = [sampling, Feature.CACHE_SALT]
     if priority_order(spec):
         found.append(Feature.PRIORITY)
     if masks_tokens(spec):

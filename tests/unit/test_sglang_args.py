@@ -108,8 +108,10 @@ def test_structured_output_costs_the_engine_its_tokenizer_and_only_then() -> Non
 
 
 def test_features_and_controls_are_those_of_the_engine_as_it_is_started() -> None:
-    assert Feature.SEED not in features(spec())
-    assert Feature.SEED in features(spec(engine_args={"enable_deterministic_inference": True}))
+    either = {Feature.SEED, Feature.MIN_P}
+    assert either & set(features(spec())) == {Feature.MIN_P}
+    seeded = features(spec(engine_args={"enable_deterministic_inference": True}))
+    assert either & set(seeded) == {Feature.SEED}, "min_p with it ends SGLang's schedulers"
     assert Feature.PRIORITY in features(spec(engine_args={"enable_priority_scheduling": True}))
     assert controls(spec()) == ("pause", "resume", "update_weights")
     assert "sleep" in controls(spec(engine_args={"enable_memory_saver": True}))
