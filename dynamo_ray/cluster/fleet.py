@@ -118,7 +118,7 @@ class Fleet:
         gang = self.gangs.get(worker)
         if gang is None or gang.epoch != epoch:
             return Health(worker, epoch, "it is not running")
-        return Health(worker, epoch, await gang.renew(HEALTH_TIMEOUT_S))
+        return await gang.renew(HEALTH_TIMEOUT_S)
 
     async def drain(self, worker: str, epoch: int) -> Drained:
         gang = self.gangs.get(worker)

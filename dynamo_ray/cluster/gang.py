@@ -16,6 +16,7 @@ from backends.engine import Command, NodePlace
 from backends.failures import Failure, engine_name
 from dynamo_ray.cluster import processes, workload
 from dynamo_ray.cluster.commands import Hold, Node
+from dynamo_ray.cluster.lifecycle import Health
 from dynamo_ray.cluster.node import Assignment, Description, EngineNode
 from dynamo_ray.cluster.workload import Work
 from dynamo_ray.config import DeploymentConfig
@@ -72,17 +73,19 @@ class Gang:
             for call in calls:
                 call.cancel()
 
-    async def renew(self, timeout_s: float) -> str | None:
-        """Renew every node's lease; None when all are healthy, else what is wrong."""
-        answers = await asyncio.gather(
+    async def renew(self, timeout_s: float) -> Health:
+        """Renew every node's lease; whether all are healthy, and what of a command keeps requests away."""
+        answers: list[str | BaseException | None] = await asyncio.gather(
             *(asyncio.wait_for(actor.renew.remote(), timeout_s) for actor in self.actors), return_exceptions=True
         )
+        failure = None
         for rank, answer in enumerate(answers):
             if isinstance(answer, TimeoutError):
-                return f"node {rank} did not answer within {timeout_s:g} s"
-            if isinstance(answer, BaseException):
-                return reason_of(answer)
-        return None
+                failure = failure or f"node {rank} did not answer within {timeout_s:g} s"
+            elif isinstance(answer, BaseException):
+                failure = failure or reason_of(answer)
+        paused = next((answer for answer in answers if isinstance(answer, str)), None)
+        return Health(self.worker, self.epoch, failure, paused)
 
     @property
     def nodes(self) -> list[Node]:

@@ -71,6 +71,8 @@ class Health:
     worker: str
     epoch: int
     failure: str | None = None
+    paused: str | None = None
+    """Why it takes no requests, where a command keeps them away; as a predicate of its name."""
 
 
 @dataclass(frozen=True, slots=True)

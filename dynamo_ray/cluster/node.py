@@ -163,12 +163,17 @@ class EngineNode:
         quoted = failure.lines[:-1]  # the reason itself comes first
         return replace(failure, lines=quoted).message(reason) if quoted or failure.cause else reason
 
-    async def renew(self) -> None:
-        """An orchestrator is there; raises EngineError when the engine is not healthy."""
+    async def renew(self) -> str | None:
+        """An orchestrator is there; raises EngineError when the engine is not healthy.
+
+        Returns:
+            Why a command keeps requests away from here, as a predicate of its name.
+        """
         self._renewed_s = time.monotonic()
         if self._started.is_set() and self._engine is not None:
             with border():
                 await self._engine.check_health()
+        return None if self._server is None else self._server.paused
 
     async def describe(self) -> Description:
         self._renewed_s = time.monotonic()

@@ -98,12 +98,18 @@ class _Worker:
     last_failure: str = ""
     restarts: int = 0
     missed_health: int = 0
+    paused: str | None = None
     endpoints: tuple[WorkerInfo, ...] = ()
     out: list[Instruction] = field(default_factory=list)
 
     def enter(self, step: Step, detail: str, now_s: float) -> None:
         self.step, self.detail, self.since_s, self.wake_s = step, detail, now_s, None
-        self.missed_health = 0
+        self.missed_health, self.paused = 0, None
+
+    @property
+    def shown(self) -> str:
+        """For a person."""
+        return self.detail if self.paused is None else f"takes no requests: {self.name} {self.paused}"
 
 
 class Supervisor:
@@ -142,7 +148,7 @@ class Supervisor:
 
     def statuses(self) -> tuple[WorkerStatus, ...]:
         return tuple(
-            WorkerStatus(w.name, w.role, self._phase(w), w.epoch, w.detail, w.since_s, w.restarts)
+            WorkerStatus(w.name, w.role, self._phase(w), w.epoch, w.shown, w.since_s, w.restarts)
             for w in self._workers.values()
         )
 
@@ -153,7 +159,7 @@ class Supervisor:
     def handle(self, event: Event, now_s: float) -> tuple[Instruction, ...]:
         """Take one event; returns what to do now, in order, `Publish` last and at most once."""
         workers = list(self._workers.values())
-        before = [(w.step, w.detail, w.epoch) for w in workers]
+        before = [(w.step, w.shown, w.epoch) for w in workers]
         if isinstance(event, StopAll):
             self.stopping = True
             for worker in workers:
@@ -167,7 +173,7 @@ class Supervisor:
         for worker in workers:
             instructions += worker.out
             worker.out.clear()
-        if before != [(w.step, w.detail, w.epoch) for w in workers]:
+        if before != [(w.step, w.shown, w.epoch) for w in workers]:
             instructions.append(Publish())
         return tuple(instructions)
 
@@ -196,7 +202,8 @@ class Supervisor:
                 self._ready(worker, endpoints, f"ready in {now_s - worker.since_s:.1f} s", now_s)
             case Died(_, epoch, reason) if epoch == worker.epoch:
                 self._fail(worker, reason, now_s)
-            case Health(_, epoch, failure) if worker.step is Step.READY and epoch == worker.epoch:
+            case Health(_, epoch, failure, paused) if worker.step is Step.READY and epoch == worker.epoch:
+                worker.paused = paused if failure is None else worker.paused
                 self._check(worker, failure, now_s)
             case Drained(_, epoch) if worker.step is Step.DRAINING and epoch == worker.epoch:
                 self._kill(worker, "stopping", now_s)

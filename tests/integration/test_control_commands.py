@@ -79,6 +79,12 @@ async def ask(dispatch: Dispatch, max_tokens: int = 10) -> list[int]:
         return [token async for chunk in chunks for token in chunk.token_ids]
 
 
+def shown(dispatch: Dispatch) -> str:
+    """What an operator is told of the first worker."""
+    assert dispatch.membership is not None
+    return dispatch.membership.statuses[0].detail
+
+
 def connected(checked: DeploymentConfig, endpoints: int, work: Callable[[Dispatch], Awaitable[None]]) -> None:
     async def main(it: Deployed) -> None:
         async with ingress(it, checked, endpoints) as dispatch:
@@ -170,15 +176,18 @@ def test_a_worker_stays_halted_under_another_orchestrator_and_the_one_that_repla
         await control(Pause())
         await until(lambda: dispatch.ready() is not None)
         assert dispatch.membership is not None
+        await until(lambda: shown(dispatch) == "takes no requests: aggregated-0 is paused")
         before = dispatch.membership.version
         await asyncio.to_thread(kill_orchestrator)
         await until(lambda: dispatch.membership is not None and dispatch.membership.version > before + 1000)
         await until(lambda: dispatch.workers.paused(Role.AGGREGATED) == {"aggregated-0": "is paused"})
         with pytest.raises(NotReady, match="aggregated-0 is paused"):
             await ask(dispatch)
+        await until(lambda: shown(dispatch) == "takes no requests: aggregated-0 is paused")
         await control(Resume())
         await until(lambda: dispatch.ready() is None)
         assert await ask(dispatch) == expected
+        await until(lambda: shown(dispatch) == "adopted")
         await control(Pause())
         await until(lambda: dispatch.ready() is not None)
         ((_, described),) = (await gang.find(APP))["aggregated-0"]

@@ -187,6 +187,22 @@ def test_three_missed_health_checks_are_a_death_two_are_not() -> None:
     assert driven(Health("d", 1, "no answer")) == [Kill("d", 1)]
 
 
+def test_a_ready_worker_that_a_command_halts_is_said_to_take_no_requests_until_it_does() -> None:
+    driven = Driven()
+    driven.ready()
+    before = driven.supervisor.statuses()
+    driven(Health("d", 1, paused="is asleep"))
+    driven(Health("d", 1, "no answer"))
+    (halted,) = driven.supervisor.statuses()
+    assert (halted.phase, halted.detail) == (Phase.READY, "takes no requests: d is asleep")
+    assert driven.supervisor.members(), "ingresses stay connected to it"
+    driven(Health("d", 1))
+    assert driven.supervisor.statuses() == before
+    driven(Health("d", 1, paused="is asleep"))
+    driven(Died("d", 1, "killed"))
+    assert driven.supervisor.statuses()[0].detail == "killed"
+
+
 def test_a_start_that_never_ends_is_ended() -> None:
     driven = Driven(timings=Timings(start_timeout_s=100.0))
     driven(Tick())
@@ -250,7 +266,7 @@ _events = st.one_of(
     st.builds(lambda w, e: Started(w, e, (info(w, e),)), _workers, _epochs),
     st.builds(lambda w, e: Adopted(w, e, (info(w, e),)), _workers, _epochs),
     st.builds(Died, _workers, _epochs, st.just("dead")),
-    st.builds(Health, _workers, _epochs, st.sampled_from([None, "mute"])),
+    st.builds(Health, _workers, _epochs, st.sampled_from([None, "mute"]), st.sampled_from([None, "is paused"])),
     st.builds(Drained, _workers, _epochs),
     st.builds(Released, _workers),
 )
