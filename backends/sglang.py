@@ -278,7 +278,8 @@ class SGLangEngine:
         spec, manager = self.spec, self._engine.tokenizer_manager
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
         self._vocab_size = manager.model_config.vocab_size
-        self._block_size = _page_size(self._engine, self._version)
+        self._block_size, has_cache = _settled(self._engine, self._version)
+        has_cache = has_cache and sglang_args.caches_prefixes(spec)
         return EngineInfo(
             backend="sglang",
             version=self._version,
@@ -289,8 +290,8 @@ class SGLangEngine:
             max_model_len=scheduler["max_req_input_len"],
             kv_total_blocks=scheduler["max_total_num_tokens"] // self._block_size,
             handoff="none" if spec.role is Role.AGGREGATED else "concurrent",
-            caches_prefixes=sglang_args.caches_prefixes(spec),
-            kv_event_sources=self._event_sources(),
+            caches_prefixes=has_cache,
+            kv_event_sources=self._event_sources() if has_cache else (),
             bootstrap_address=f"{spec.place.address}:{spec.place.ports[sglang_args.BOOTSTRAP]}"
             if spec.role is Role.PREFILL
             else None,
@@ -364,7 +365,7 @@ class SGLangEngine:
 
         order = sglang_args.priority_order(self.spec)
         made = GenerateReqInput(**sglang_requests.arguments(request, self._version, order))
-        local_cache, first = sglang_args.caches_prefixes(self.spec), True
+        local_cache, first = self._check_serving().caches_prefixes, True
         try:
             async with aclosing(self._engine.tokenizer_manager.generate_request(made, None)) as outputs:
                 inside.first = asyncio.ensure_future(anext(outputs))
@@ -470,13 +471,13 @@ def _with_ports(spec: LaunchSpec) -> LaunchSpec:
     return dataclasses.replace(spec, nodes=(NodePlace(spec.place.address, tuple(range(first, first + count))),))
 
 
-def _page_size(engine: Any, version: str) -> int:
-    """As SGLang settled it: some attention backends have only one."""
+def _settled(engine: Any, version: str) -> tuple[int, bool]:
+    """The page size and whether there is a prefix cache, which SGLang decides by model and attention backend too."""
     if version == "0.5.16":
-        return int(engine.server_args.page_size)
-    from sglang.srt.runtime_context import get_schedule
+        return int(engine.server_args.page_size), not engine.server_args.disable_radix_cache
+    from sglang.srt.runtime_context import get_memory, get_schedule
 
-    return int(get_schedule().page_size)
+    return int(get_schedule().page_size), not get_memory().disable_radix_cache
 
 
 def _end(engine: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib
 import signal
 import subprocess
 import sys
@@ -218,6 +219,19 @@ async def test_a_decode_engine_may_cache_but_cannot_tell_whose_tokens_were_cache
         split = await hand_over(site, ids, greedy(5))
         assert split.tokens == whole.tokens
         assert (split.chunks[0].cached_tokens, split.chunks[0].transferred_tokens) == (None, None)
+
+
+async def test_a_cache_that_sglang_does_without_is_not_told_of(name: str) -> None:
+    """It decides so for some models and attention backends, whatever the configuration says."""
+    engine = create("sglang", spec(name))
+    with KINDS[name].library(), pytest.MonkeyPatch.context() as patch:
+        args = importlib.import_module("sglang.srt.server_args")
+        patch.setitem(args.DEFAULTS, "disable_radix_cache", True)
+        info = await engine.start()
+    assert info is not None
+    assert not info.caches_prefixes
+    assert info.kv_event_sources == ()
+    await engine.stop()
 
 
 async def test_a_room_of_another_rank_is_refused_by_prefill_and_both_legs_may_be_retried(name: str) -> None:

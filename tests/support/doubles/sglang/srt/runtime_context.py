@@ -13,3 +13,7 @@ def publish(server_args: Any) -> None:
 
 def get_schedule() -> Any:
     return _published[0]
+
+
+def get_memory() -> Any:
+    return _published[0]
