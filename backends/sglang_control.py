@@ -32,6 +32,8 @@ class Control:
 
     async def carry_out(self, command: Command) -> None:
         """As `Engine.control`, for a command among the engine's."""
+        if isinstance(command, UpdateWeights):
+            await self._answered()
         async with self._one:
             match command:
                 case Pause(abort):
@@ -60,15 +62,20 @@ class Control:
 
         await self._manager.continue_generation(ContinueGenerationReqInput())
 
+    async def _answered(self) -> None:
+        """Return when nothing is inside, or when it is paused, which may come meanwhile."""
+        while not (self._paused or self._asleep):
+            if await self._is_empty(RETRY_S):
+                return
+
     async def _update_weights(self, path: str) -> None:
-        """Of an engine that is not paused, when it has answered what is inside."""
         from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
         if self._asleep:
             raise EngineError("the engine sleeps; wake it before it is given weights", retryable=False, field="command")
-        if not await self._is_empty(EMPTY_S if self._paused else None):
+        if not await self._is_empty(EMPTY_S):
             raise EngineError(
-                "SGLang takes no weights while requests stand in it; resume it, or pause it with `abort`, before",
+                "SGLang takes no weights while requests are inside; resume it, or pause it with `abort`, before",
                 retryable=False,
                 field="command",
             )
@@ -109,7 +116,7 @@ class Control:
         if not self._paused:
             await self._go_on()
 
-    async def _is_empty(self, limit_s: float | None) -> bool:
+    async def _is_empty(self, limit_s: float) -> bool:
         """Whether every rank has nothing inside within that time; its cache is then empty too.
 
         Its own flush_cache() tells of the first rank that answers alone.
@@ -117,11 +124,11 @@ class Control:
         from sglang.srt.managers.io_struct import FlushCacheReqInput
 
         loop = asyncio.get_running_loop()
-        deadline = None if limit_s is None else loop.time() + limit_s
+        deadline = loop.time() + limit_s
         while True:
             answers = await self._manager.flush_cache_communicator(FlushCacheReqInput())
             if all(answer.success for answer in answers):
                 return True
-            if deadline is not None and loop.time() > deadline:
+            if loop.time() > deadline:
                 return False
             await asyncio.sleep(RETRY_S)

@@ -174,6 +174,18 @@ async def test_what_waits_for_the_end_of_a_pause_can_be_aborted_closed_and_stopp
             await asyncio.wait_for(stopped, 1.0)
 
 
+async def test_a_pause_that_aborts_makes_way_for_weights_that_wait(name: str) -> None:
+    async with running(spec(name), name) as (engine, _):
+        inside = await begun(engine, 1500)
+        loading = asyncio.create_task(engine.control(UpdateWeights(loader.model("other"))))
+        await asyncio.sleep(0.2)
+        assert not loading.done()
+        await asyncio.wait_for(engine.control(Pause(abort=True)), 2.0)
+        await asyncio.wait_for(loading, 2.0)
+        assert (await inside)[-1].finish_reason == "abort"
+        await engine.control(Resume())
+
+
 async def test_a_command_does_not_outwait_the_engine(name: str) -> None:
     async with running(spec(name), name) as (engine, _):
         inside = await begun(engine, 1500)
