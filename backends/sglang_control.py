@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from backends.engine import Command, EngineError, Pause, Resume, Sleep, UpdateWeights, Wake
@@ -33,6 +34,8 @@ class Control:
     async def carry_out(self, command: Command) -> None:
         """As `Engine.control`, for a command among the engine's."""
         if isinstance(command, UpdateWeights):
+            if not await asyncio.to_thread(Path(command.path).is_dir):
+                raise EngineError(f"{command.path} is no folder on this node", retryable=False, field="path")
             await self._answered()
         async with self._one:
             match command:

@@ -140,6 +140,9 @@ async def test_weights_are_refused_while_requests_stand_inside_and_wait_for_runn
                 await engine.control(UpdateWeights(loader.model("other")))
         assert (refusal.value.retryable, refusal.value.field) == (False, "command")
         await engine.control(Resume())
+        with pytest.raises(EngineError) as nowhere:
+            await engine.control(UpdateWeights("/nowhere"))
+        assert (nowhere.value.field, inside.done()) == ("path", False), "nothing is waited for in vain"
         await engine.control(UpdateWeights(loader.model("other")))
         assert inside.done()
         assert sum(len(chunk.token_ids) for chunk in await inside) == 400
