@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -288,11 +289,10 @@ def split(report: Report) -> None:
     """Prefill and decode over NIXL: on one GPU, and where there are two, one each."""
     expected = json.loads((report.out / "aggregated.json").read_text())
     layouts = [("prefill and decode on one GPU", "0,0", 0.35)]
-    # SGLang measures its hand-offs only where its metrics are on; the first layout runs without.
     if num_gpus() > 1:
         layouts.append(("prefill on GPU 0, decode on GPU 1", "0,1", 0.6))
     for title, visible, fraction in layouts:
-        args = {"prefill": role(fraction), "decode": role(fraction)}
+        args = {"prefill": role(fraction, enable_request_time_stats_logging=True), "decode": role(fraction)}
         name = f"split-{visible.replace(',', '-')}"
         with deployed(name, args, [visible], report) as stack:
             first_s = _timed(lambda: stack.complete(prompt(1024, 50), max_tokens=1))
@@ -313,12 +313,11 @@ def split(report: Report) -> None:
             )
             report.row(title, "1,024-token prompt to the answer's end, first", f"{1000 * first_s:.0f} ms")
             report.row(title, "the same, later (median of 5)", f"{1000 * later_s:.0f} ms")
-            if not pretence.gpus:
-                _transfer_rows(report, title)
             _leave(report, stack, title)
         prefilled, computed = _computed(report, name, "prefill"), _computed(report, name, "decode")
         if not pretence.gpus:  # a double writes no such log
             report.row(title, "prompt tokens computed by prefill, by its log", str(prefilled), "> 0", prefilled > 0)
+            _transfer_rows(report, title, name)
         report.row(title, "prompt tokens computed by decode, by its log", str(computed), "0", computed == 0)
 
 
@@ -492,33 +491,36 @@ def _second_turns(stack: Stack) -> tuple[int, int]:
     return hits, used
 
 
-def _transfer_rows(report: Report, title: str) -> None:
-    """What SGLang's prefill scheduler says of its hand-offs."""
-    from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader
+def _transfer_rows(report: Report, title: str, name: str) -> None:
+    """What SGLang's prefill scheduler logs of its hand-offs (req_time_stats.py): those of 1,024 tokens, in order."""
+    num_bytes = 1024 * model.KV_BYTES_PER_TOKEN
+    report.row(title, "bytes of a 1,024-token hand-off, by the model's shape", f"{num_bytes:,}")
+    told = re.findall(r"transfer_speed=([0-9.]+) GB/s, transfer_total=([0-9.]+) MB", _log_of(report, name, "prefill"))
+    whole = [(float(speed), float(size)) for speed, size in told if float(size) * 2**20 > 0.99 * num_bytes]
+    if not whole:
+        report.row(title, "hand-offs in SGLang's log", "none", "some", False)
+        return
 
-    for path in Path("/dev/shm").glob("sglang_loads_*"):
-        snapshot = ShmLoadSnapshotReader(str(path), 1).read(0)
-        told = None if snapshot is None else snapshot.disaggregation
-        if told is not None and told.mode == "prefill" and told.kv_transfer_latency_ms:
-            num_bytes = 1024 * model.KV_BYTES_PER_TOKEN
-            report.row(title, "bytes of a 1,024-token hand-off", f"{num_bytes:,}")
-            report.row(
-                title, "SGLang's word on its last hand-off",
-                f"{told.kv_transfer_latency_ms:.2f} ms, {told.kv_transfer_speed_gb_s:.3f} GB/s",
-            )  # fmt: skip
-            return
-    report.row(title, "SGLang's word on its hand-offs", "none found")
+    def words(speed_gb_s: float, size_mb: float) -> str:
+        time_ms = 1000 * size_mb / 1024 / speed_gb_s if speed_gb_s else float("nan")
+        return f"{size_mb:.2f} MiB in {time_ms:.1f} ms = {speed_gb_s:.2f} GiB/s"
+
+    report.row(title, "the first, by SGLang's log", words(*whole[0]))
+    later = sorted(whole[1:])
+    if later:
+        report.row(title, f"later ones (median of {len(later)})", words(*later[len(later) // 2]))
+
+
+def _log_of(report: Report, name: str, role_name: str) -> str:
+    """What the engine of that role wrote, through its actor's log."""
+    logs = [log.read_text(errors="replace") for log in (report.out / "ray" / name).glob("worker-*")]
+    return "\n".join(text for text in logs if f"disaggregation_mode='{role_name}'" in text)
 
 
 def _computed(report: Report, name: str, role_name: str) -> int:
     """Prompt tokens in the log lines that a role's schedulers write of their prefill batches."""
-    computed = 0
-    for log in (report.out / "ray" / name).glob("worker-*"):
-        text = log.read_text(errors="replace")
-        if f"disaggregation_mode='{role_name}'" in text:
-            batches = [line for line in text.splitlines() if "Prefill batch" in line and "#new-token: " in line]
-            computed += sum(int(line.split("#new-token: ")[1].split(",")[0]) for line in batches)
-    return computed
+    lines = [line for line in _log_of(report, name, role_name).splitlines() if "Prefill batch" in line]
+    return sum(int(line.split("#new-token: ")[1].split(",")[0]) for line in lines if "#new-token: " in line)
 
 
 def _leave(report: Report, stack: Stack, title: str) -> None:
