@@ -22,6 +22,7 @@ from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.cost import READS_OVERLAP, Candidate, Decision, Leg, decide
 from dynamo_ray.routing.kv_index import Holder, KVIndex, RoutedPrefixes
 from dynamo_ray.routing.load import Booking, LoadTable
+from dynamo_ray.routing.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ class Router:
         self._config = config
         self._workers = workers
         self._turns: Counter[Role] = Counter()
-        self.index = KVIndex(config.model.name)
+        self.ranks = Ranks()
+        self.index = KVIndex(config.model.name, self.ranks)
         self.table = LoadTable()
         self.num_retries = 0
         self.num_legs: Counter[Holder] = Counter()
@@ -111,6 +113,7 @@ class Router:
             self._routed.remove_holder(holder)
             self.num_legs.pop(holder, None)
             self._silent.discard(holder)
+            self.ranks.remove(holder)
 
     def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
         for load in loads:

@@ -7,17 +7,25 @@ from typing import NamedTuple
 
 from backends.kv_events import AllBlocksCleared, BlockStored, KVEventBatch
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
+from dynamo_ray.routing.ranks import Holder as Holder
+from dynamo_ray.routing.ranks import Ranks
 
 DEVICE_MEDIA = (None, "GPU")
 """Where a block must be to count; vLLM says GPU on CPUs too. What moves to slower media is another event."""
 
 
-class Holder(NamedTuple):
-    """One attention DP rank of one incarnation of a worker."""
+Runs = list[tuple[int, int]]
+"""(mask of ranks, depth): these ranks hold exactly `depth` leading blocks. Deepest last; no rank is in two."""
 
-    worker: str
-    epoch: int
-    dp_rank: int
+
+class Overlap(NamedTuple):
+    """How much of a prompt is where; runs are empty for tiers that no event ever named."""
+
+    device: Runs
+    host: Runs
+    """On the host or faster."""
+    disk: Runs
+    """On any tier."""
 
 
 class _Holding:
@@ -55,12 +63,11 @@ class KVIndex:
     `orphan_blocks` and are not attributed to anybody, so that an overlap is never promised that is not there.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, ranks: Ranks) -> None:
         self._model = model
+        self._ranks = ranks
         self._blocks: dict[int, int] = {}
         self._holdings: dict[Holder, _Holding] = {}
-        self._free_bits: list[int] = []
-        self._by_bit: dict[int, Holder] = {}
         self.orphan_blocks = 0
 
     @property
@@ -69,21 +76,14 @@ class KVIndex:
 
     def add_holder(self, holder: Holder) -> None:
         """Know a rank, holding nothing yet; adding it again changes nothing."""
-        if holder in self._holdings:
-            return
-        index = self._free_bits.pop() if self._free_bits else len(self._by_bit)
-        self._holdings[holder] = _Holding(1 << index)
-        self._by_bit[index] = holder
+        if holder not in self._holdings:
+            self._holdings[holder] = _Holding(1 << self._ranks.add(holder))
 
     def remove_holder(self, holder: Holder) -> None:
-        """Forget a rank and all it holds."""
+        """Forget a rank and all it holds; `Ranks.remove` may follow."""
         holding = self._holdings.pop(holder, None)
-        if holding is None:
-            return
-        self._drop(holding, holding.clear())
-        index = holding.bit.bit_length() - 1
-        del self._by_bit[index]
-        self._free_bits.append(index)
+        if holding is not None:
+            self._drop(holding, holding.clear())
 
     def clear_holder(self, holder: Holder) -> None:
         """Forget what a rank holds, not the rank: what it said can no longer be trusted."""
@@ -107,23 +107,28 @@ class KVIndex:
                 removed = [holding.remove(block) for block in event.block_hashes]
                 self._drop(holding, [block for block in removed if block is not None])
 
-    def overlap(self, hashes: Sequence[int]) -> dict[Holder, int]:
-        """How many leading blocks of a chain each holder has; holders without the first are left out."""
-        found: dict[Holder, int] = {}
-        alive = -1
+    def lookup(self, hashes: Sequence[int], mask: int = -1) -> Overlap:
+        """How many leading blocks of a chain each rank of `mask` has; ranks without the first are left out."""
+        runs: Runs = []
+        blocks = self._blocks
+        alive = mask
         depth = 0
         for block in hashes:
-            mask = self._blocks.get(block, 0) & alive
-            if mask != alive:
-                if alive != -1:
-                    self._collect(found, alive & ~mask, depth)
-                alive = mask
+            held = alive & blocks.get(block, 0)
+            if held != alive:
+                if depth:
+                    runs.append((alive & ~held, depth))
+                alive = held
                 if not alive:
-                    return found
+                    return Overlap(runs, [], [])
             depth += 1
-        if alive > 0:
-            self._collect(found, alive, depth)
-        return found
+        if depth and alive:
+            runs.append((alive, depth))
+        return Overlap(runs, [], [])
+
+    def overlap(self, hashes: Sequence[int]) -> dict[Holder, int]:
+        """`lookup` on the device by rank, for tests and explanations."""
+        return {holder: depth for mask, depth in self.lookup(hashes).device for holder in self._ranks.in_mask(mask)}
 
     def _store(self, holding: _Holding, event: BlockStored) -> None:
         if event.parent_block_hash is None:
@@ -148,12 +153,6 @@ class KVIndex:
                 self._blocks[block] = mask
             else:
                 self._blocks.pop(block, None)
-
-    def _collect(self, found: dict[Holder, int], mask: int, depth: int) -> None:
-        while mask:
-            low = mask & -mask
-            found[self._by_bit[low.bit_length() - 1]] = depth
-            mask ^= low
 
 
 class RoutedPrefixes:

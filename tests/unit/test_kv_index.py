@@ -9,6 +9,7 @@ from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEv
 from backends.simulated_cache import BlockPool
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.kv_index import Holder, KVIndex, RoutedPrefixes
+from dynamo_ray.routing.ranks import Ranks
 
 A, B = Holder("a", 1, 0), Holder("b", 1, 0)
 SIZE = 4
@@ -25,7 +26,7 @@ def stored(tokens: list[int], first: int, parent: int | None = None, salt: str |
 
 
 def index_with(*applied: tuple[Holder, KVEvent]) -> KVIndex:
-    index = KVIndex("m")
+    index = KVIndex("m", Ranks())
     for number, (holder, event) in enumerate(applied):
         index.add_holder(holder)
         index.apply(holder, KVEventBatch(number, 0, [event]))
@@ -90,9 +91,14 @@ def test_clearing_and_removing_a_holder_leaves_the_others() -> None:
     assert index.overlap(hashes(tokens)) == {A: 4}
 
 
-def test_a_removed_holder_s_bit_is_used_again_without_its_blocks() -> None:
-    index = index_with((A, stored(list(range(16)), 1)))
+def test_a_removed_rank_s_column_is_used_again_without_its_blocks() -> None:
+    ranks = Ranks()
+    index = KVIndex("m", ranks)
+    index.add_holder(A)
+    index.apply(A, KVEventBatch(0, 0, [stored(list(range(16)), 1)]))
     index.remove_holder(A)
+    ranks.remove(A)
+    assert (ranks.add(B), ranks.num_columns, ranks.holder(0)) == (0, 1, B)
     index.add_holder(B)
     assert index.overlap(hashes(list(range(16)))) == {}
 
@@ -113,7 +119,7 @@ def test_models_and_salts_share_nothing() -> None:
 
 def test_many_holders_at_many_depths_are_told_apart() -> None:
     tokens = list(range(400))
-    index = KVIndex("m")
+    index = KVIndex("m", Ranks())
     for number in range(100):
         holder = Holder(f"w{number}", 1, number % 8)
         index.add_holder(holder)
@@ -125,7 +131,7 @@ def test_many_holders_at_many_depths_are_told_apart() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("aabbf"), st.integers(0, 4), st.integers(1, 30)), max_size=40))
 def test_the_index_equals_the_caches_it_hears_of(steps: list[tuple[str, int, int]]) -> None:
-    index = KVIndex("m")
+    index = KVIndex("m", Ranks())
     pools = {A: BlockPool(10, SIZE), B: BlockPool(6, SIZE)}
     for holder in pools:
         index.add_holder(holder)
