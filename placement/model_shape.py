@@ -222,8 +222,8 @@ def _deepseek(config: Mapping[str, Any], quantisation: Quantisation | None) -> M
     if first > num_layers:
         raise ValueError(f"first_k_dense_replace={first} is more than num_hidden_layers={num_layers}")
     every = _int(config, "moe_layer_freq", default=1)
-    # Only V3.2 has an indexer; its siblings' configs must not be asked for one.
-    has_indexer = config["model_type"] == "deepseek_v32"
+    # The siblings' configs must not be asked for an indexer.
+    has_indexer = config["model_type"] in ("deepseek_v32", "glm_moe_dsa")
     indexer = Indexer(_int(config, "index_n_heads"), _int(config, "index_head_dim")) if has_indexer else None
     attention = Mla(
         num_heads=_int(config, "num_attention_heads"),
@@ -280,7 +280,9 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Quantisation | None], ModelShap
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,
     "deepseek_v32": _deepseek,
+    "glm_moe_dsa": _deepseek,
     "gpt_oss": _gpt_oss,
+    "kimi_k2": _deepseek,
     "llama": _llama,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
