@@ -45,7 +45,7 @@ def scratch() -> Iterator[Path]:
 def environment(folder: Path) -> dict[str, str]:
     """What Ray's and Serve's processes read when they start."""
     haproxy = folder / "h"
-    metrics_port, stats_port = _free_ports(2)
+    metrics_port, stats_port, fallback_port, fallback_grpc_port = _free_ports(4)
     values = {
         processes.VARIABLE: str(folder),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -57,6 +57,9 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        # Serve's own proxy behind HAProxy. On a port of two, the kernel would give either's requests to the other.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(MAX_HAPROXY_THREADS, os.cpu_count() or 1)),
         # No load balancer stands in front of this one, so that none must be waited for at the end.

@@ -152,7 +152,7 @@ class _Peer(asyncio.Protocol):
         self.requests: dict[str, asyncio.Task[None]] = {}
         self._server = server
         self._nonce = secrets.token_bytes(wire.NONCE_BYTES)
-        self._reader = wire.FrameReader()
+        self._reader = wire.FrameReader(wire.MAX_HELLO_BYTES)
         self._outbox: list[TokenChunk] = []
         self._flush_scheduled = False
         self._authenticated = False

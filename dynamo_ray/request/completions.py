@@ -122,8 +122,7 @@ class Completions:
         for prompt in prompts:
             if not prompt:
                 raise InvalidRequest("the prompt has no tokens; send some text", field)
-            if min(prompt) < 0 or max(prompt) >= vocab_size:
-                raise InvalidRequest(f"token ids must be in 0..{vocab_size - 1}", field)
+            openai.check_token_ids(prompt, vocab_size, field)
         if any(not 0 <= token_id < vocab_size for token_id in body.stop_token_ids or ()):
             raise InvalidRequest(f"token ids must be in 0..{vocab_size - 1}", "stop_token_ids")
         asked, most = openai.num_logprobs(body), self._service.max_logprobs

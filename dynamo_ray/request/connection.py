@@ -174,7 +174,7 @@ class WorkerConnection(asyncio.Protocol):
         self._timeout_s = heartbeat_timeout_s
         self._on_load, self._on_flush, self._on_lost = on_load, on_flush, on_lost
         self._nonce = secrets.token_bytes(wire.NONCE_BYTES)
-        self._reader = wire.FrameReader()
+        self._reader = wire.FrameReader(wire.MAX_WELCOME_BYTES)
         self._streams: dict[str, TokenStream] = {}
         self._ready: asyncio.Future[None] = self.loop.create_future()
         self._heard_s = self.loop.time()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from array import array
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
 
 from backends.engine import Sampling, Structure
@@ -215,18 +217,42 @@ def template_messages(body: ChatBody) -> list[dict[str, str]]:
 def prompts(body: CompletionBody) -> list[str] | list[list[int]]:
     """The prompts, each text or token ids, at least one and none without content.
 
+    What stands in a list of token ids is left to `check_token_ids`.
+
     Raises:
-        InvalidRequest: `prompt` is empty or mixes texts and tokens.
+        InvalidRequest: `prompt` is empty or mixes kinds.
     """
     prompt: Any = body.prompt
-    if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
-    found: list[Any] = prompt if isinstance(prompt, list) else [prompt]
-    if not found or not all(found):
+    if not prompt or not all(prompt):
         raise InvalidRequest("the prompt is empty; send at least one character or token", "prompt")
-    if len({type(item) for item in found}) > 1 or isinstance(found[0], int):
-        raise InvalidRequest("prompt mixes kinds; send a text, texts, token ids, or lists of token ids", "prompt")
+    if len({type(item) for item in prompt}) > 1:
+        raise _mixed()
+    found: list[str] | list[list[int]] = prompt
     return found
+
+
+def _mixed() -> InvalidRequest:
+    return InvalidRequest("prompt mixes kinds; send a text, texts, token ids, or lists of token ids", "prompt")
+
+
+def check_token_ids(token_ids: list[int], vocab_size: int, field: str) -> None:
+    """Read a prompt once: all of it integers that the model knows.
+
+    Raises:
+        InvalidRequest: It is not; names the field.
+    """
+    outside = InvalidRequest(f"token ids must be in 0..{vocab_size - 1}", field)
+    try:
+        # As unsigned numbers of 32 bits, among which there is nothing negative left to look for.
+        largest = int(np.frombuffer(array("I", token_ids), np.uint32).max())
+    except TypeError:
+        raise _mixed() from None
+    except OverflowError:
+        raise outside from None
+    if largest >= vocab_size:
+        raise outside
 
 
 def stops(body: Body) -> tuple[str, ...]:

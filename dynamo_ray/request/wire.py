@@ -16,7 +16,10 @@ from backends.engine import EngineInfo, GenerateRequest, RankLoad, Role, TokenCh
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-MAX_HANDSHAKE_BYTES = 4096
+MAX_HELLO_BYTES = 4096
+"""What a worker reads of a peer that has not proved the secret."""
+MAX_WELCOME_BYTES = 1024 * 1024
+"""What an ingress reads of one: a welcome describes every rank, about 150 bytes each, and every adapter."""
 NONCE_BYTES = 32
 HEARTBEAT_INTERVAL_S = 1.0
 
@@ -130,7 +133,7 @@ class FrameTooLarge(ValueError):
 class FrameReader:
     """Cuts a byte stream into frames; holds at most one incomplete frame."""
 
-    def __init__(self, max_frame_bytes: int = MAX_HANDSHAKE_BYTES) -> None:
+    def __init__(self, max_frame_bytes: int) -> None:
         self.max_frame_bytes = max_frame_bytes
         self._buffer = bytearray()
 

@@ -215,24 +215,33 @@ def test_ctrl_c_at_any_step_of_the_start_is_no_traceback_and_leaves_nothing(step
     assert session_of(process) == [], output
 
 
-def test_sigterm_ends_all_of_it_in_order() -> None:
-    with started(str(SIM), "--port", str(free_port())) as process:
-        process.terminate()
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert "nothing is left running" in output
-    assert session_of(process) == [], output
+def listens(process: subprocess.Popen[str]) -> set[int]:
+    """The ports that its processes listen on."""
+    found = [connection for one in session_of(process) for connection in one.net_connections("inet")]
+    return {connection.laddr.port for connection in found if connection.status == psutil.CONN_LISTEN}
 
 
-def test_a_second_ctrl_c_ends_all_of_it_at_once() -> None:
-    with started(str(SIM), "--port", str(free_port())) as process:
-        entries = json.loads(run("status", "--json").stdout)["deployments"]
-        (mark,) = (entry["mark"] for entry in entries if entry["pid"] == process.pid)
-        assert Path(mark).is_dir()
-        process.send_signal(signal.SIGINT)
-        await_line(process, "ending")
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
+def test_two_at_once_share_no_port_and_sigterm_ends_all_of_one_in_order() -> None:
+    with started(str(SIM), "--port", str(free_port())) as other, started(str(SIM), "--port", str(free_port())) as one:
+        # Serve's proxies listen in a way that lets another's do so too; each would answer some of its requests.
+        assert listens(one), "no process of it was found"
+        assert not listens(one) & listens(other)
+        one.terminate()
+        output, _ = one.communicate(timeout=60)
+        assert one.returncode == 0, output
+        assert "nothing is left running" in output
+        assert session_of(one) == [], output
+        second_ctrl_c_ends_all_of_it_at_once(other)
+
+
+def second_ctrl_c_ends_all_of_it_at_once(process: subprocess.Popen[str]) -> None:
+    entries = json.loads(run("status", "--json").stdout)["deployments"]
+    (mark,) = (entry["mark"] for entry in entries if entry["pid"] == process.pid)
+    assert Path(mark).is_dir()
+    process.send_signal(signal.SIGINT)
+    await_line(process, "ending")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 130, output
     assert not Path(mark).exists()
     assert session_of(process) == [], output

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
-from backends.engine import EngineInfo, GenerateRequest, LaunchSpec, RankLoad, Role, Sampling
+from backends.engine import EngineInfo, GenerateRequest, KVEventSource, LaunchSpec, RankLoad, Role, Sampling
 from backends.simulated import SimulatedEngine
 from dynamo_ray.cluster.worker import WorkerServer
 from dynamo_ray.request import wire
@@ -236,6 +237,26 @@ def test_what_arrives_between_two_pulls_is_one_chunk() -> None:
             assert len(chunk.token_ids) == 10
             assert chunk.finish_reason == "length"
             stream.close()
+
+    clock.run(main())
+
+
+def test_a_worker_of_104_ranks_can_say_who_it_is() -> None:
+    sources = tuple(
+        KVEventSource(
+            rank, f"tcp://10.0.{rank // 8}.1:{20000 + rank}", f"tcp://10.0.{rank // 8}.1:{30000 + rank}", "s-1"
+        )
+        for rank in range(104)
+    )
+
+    async def main() -> None:
+        async with worker() as (server, _, ingress):
+            assert server.info is not None
+            engine = msgspec.structs.replace(server.info.engine, attn_dp_size=104, kv_event_sources=sources)
+            server.info = msgspec.structs.replace(server.info, engine=engine)
+            assert len(wire.encode(wire.Welcome(b"", server.info))) > wire.MAX_HELLO_BYTES
+            connection = await ingress.connect(server.info)
+            assert connection.alive
 
     clock.run(main())
 
