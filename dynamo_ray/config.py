@@ -123,8 +123,10 @@ class TransferConfig(_Frozen):
 
 
 class RouterConfig(_Frozen):
-    policy: Literal["blocks", "round_robin"] = "blocks"
-    """`blocks`: fewest blocks to compute and to hold, by exact KV events. `round_robin`: ignores both."""
+    policy: str = Field(default="blocks", min_length=1)
+    """A policy's name (see dynamo_ray.routing.policies), or `module:attribute` of the user's own."""
+    policy_args: dict[str, Any] = {}
+    """Keyword arguments of a user's own policy."""
     overlap_score_credit: NonNegativeFloat = 1.0
     """How much of a cached prompt block counts as already computed."""
     prefill_load_scale: NonNegativeFloat = 1.0

@@ -17,6 +17,7 @@ from backends.engine import EngineStartError, Role
 from dynamo_ray.cluster.launches import Launch, disagreements, first_launches
 from dynamo_ray.config import DeploymentConfig, RoleConfig
 from dynamo_ray.errors import ConfigError, Problem
+from dynamo_ray.routing.policies import resolve
 
 IMPORT_PATH = "dynamo_ray.app:build"
 
@@ -152,18 +153,30 @@ def check_args(document: Document, path: Place, args: dict[str, Any]) -> tuple[D
         config = DeploymentConfig.model_validate(args)
     except ValidationError as error:
         return None, problems_of(document, path, DeploymentConfig, error)
-    return config, _engine_problems(document, path, config)
+    return config, [*_policy_problems(document, path, config), *_engine_problems(document, path, config)]
 
 
 def check_engines(config: DeploymentConfig) -> None:
-    """Refuse what its engines would not take, for a configuration that is from no file of ours.
+    """Refuse what its engines would not take, or a policy there is not, for a configuration from no file of ours.
 
     Raises:
         ConfigError: Every mistake, with its field under `args`.
     """
-    problems = _engine_problems(Document(None, {}), (), config)
+    document = Document(None, {})
+    problems = [*_policy_problems(document, (), config), *_engine_problems(document, (), config)]
     if problems:
         raise ConfigError(tuple(problems))
+
+
+def _policy_problems(document: Document, path: Place, config: DeploymentConfig) -> list[Problem]:
+    """Of the router's policy: here, as every ingress replica would find it."""
+    try:
+        resolve(config.router)
+    except ValueError as error:
+        text = str(error)
+        key = "policy_args" if text.startswith("policy_args: ") else "policy"
+        return [document.problem((*path, "router", key), text.removeprefix("policy_args: "))]
+    return []
 
 
 def _engine_problems(document: Document, path: Place, config: DeploymentConfig) -> list[Problem]:

@@ -12,7 +12,7 @@ import zmq.asyncio
 from backends.engine import KVEventSource
 from backends.kv_events import Decoder, KVEventBatch, KVEventDecodeError, decoder
 from backends.kv_publisher import END_OF_REPLAY
-from dynamo_ray.routing.kv_index import Holder
+from dynamo_ray.routing.ranks import Holder
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from backends.admission import lacking, wishes
@@ -18,11 +18,10 @@ from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed, WorkerConnection
 from dynamo_ray.request.wire import WorkerInfo, worker_of
 from dynamo_ray.request.workers import Workers
-from dynamo_ray.routing.block_hash import block_hashes, chain_seed
-from dynamo_ray.routing.cost import READS_OVERLAP, Candidate, Decision, Leg, decide
-from dynamo_ray.routing.kv_index import Holder, KVIndex, RoutedPrefixes
-from dynamo_ray.routing.load import Booking, LoadTable
-from dynamo_ray.routing.ranks import Ranks
+from dynamo_ray.routing.block_hash import chain_seed
+from dynamo_ray.routing.chooser import Booked, Chooser, WorkerFacts
+from dynamo_ray.routing.policy import Ask
+from dynamo_ray.routing.ranks import Holder
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +30,10 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A rank of a live worker, with what was counted in for this leg."""
+    """A rank of a live worker, for one leg."""
 
     connection: WorkerConnection
     dp_rank: int
-    booking: Booking
 
     @property
     def worker(self) -> str:
@@ -48,31 +46,15 @@ class Placement:
 
     prefill: Target | None
     decode: Target
-    _table: LoadTable
+    _booked: Booked
 
     def prefill_done(self) -> None:
         """The prefill rank is free of this prompt, though its KV may still wait there."""
-        if self.prefill is not None:
-            self._table.free(self.prefill.booking)
+        self._booked.prefill_done(_now_s())
 
     def first_token(self) -> None:
         """Nothing of the prompt is left to compute."""
-        self.prefill_done()
-        self._table.prefilled(self.decode.booking)
-
-
-class _PromptHashes:
-    """The block hashes of one attempt's prompt, computed once for both roles."""
-
-    def __init__(self, attempt: Attempt, model: str) -> None:
-        self._token_ids = attempt.token_ids
-        self._seed = chain_seed(model, attempt.request.lora, attempt.request.cache_salt)
-        self._by_size: dict[int, list[int]] = {}
-
-    def of(self, block_size: int) -> list[int]:
-        if block_size not in self._by_size:
-            self._by_size[block_size] = block_hashes(self._token_ids, block_size, self._seed)
-        return self._by_size[block_size]
+        self._booked.first_token(_now_s())
 
 
 class Router:
@@ -81,55 +63,41 @@ class Router:
     def __init__(self, config: DeploymentConfig, workers: Workers) -> None:
         self._config = config
         self._workers = workers
-        self._turns: Counter[Role] = Counter()
-        self.ranks = Ranks()
-        self.index = KVIndex(config.model.name, self.ranks)
-        self.table = LoadTable()
+        self.chooser = Chooser(config.model.name, config.router)
+        self.index, self.table = self.chooser.index, self.chooser.table
         self.num_retries = 0
-        self.num_legs: Counter[Holder] = Counter()
+
+    @property
+    def num_legs(self) -> Counter[Holder]:
         """Sent to each rank since this process began."""
-        self._routed = RoutedPrefixes()
-        self._silent: set[Holder] = set()
-        """Ranks whose cache is guessed: it matters here, and they tell nothing of it."""
+        return self.chooser.num_legs
 
     def up(self, info: WorkerInfo) -> None:
-        holders = _holders(info)
-        for holder in holders:
-            self.index.add_holder(holder)
-            self.table.add_holder(holder)
-        told = self._config.events != "none" and info.engine.kv_event_sources
-        if info.engine.caches_prefixes and not told and self._config.router.policy in READS_OVERLAP:
-            self._silent.update(holders)
+        told = self._config.events != "none" and bool(info.engine.kv_event_sources)
+        self.chooser.up(_facts(info, told))
+        if info.engine.caches_prefixes and not told and self.chooser.policy.reads_overlap:
             log.warning(
                 "%s publishes no KV events: what it caches is guessed from what was sent there in the last %g s",
                 info.worker,
-                self._routed.ttl_s,
+                self.chooser.guesses.ttl_s,
             )
 
     def down(self, info: WorkerInfo) -> None:
-        for holder in _holders(info):
-            self.index.remove_holder(holder)
-            self.table.remove_holder(holder)
-            self._routed.remove_holder(holder)
-            self.num_legs.pop(holder, None)
-            self._silent.discard(holder)
-            self.ranks.remove(holder)
+        self.chooser.down(info.worker, info.epoch)
 
     def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
         for load in loads:
-            self.table.report(Holder(info.worker, info.epoch, load.dp_rank), load)
+            self.chooser.heard(Holder(info.worker, info.epoch, load.dp_rank), load)
 
     def flushed(self, info: WorkerInfo) -> None:
         """A command has emptied its caches: nothing that was sent there before is found there again."""
-        for holder in _holders(info):
-            self.index.clear_holder(holder)
-            self._routed.remove_holder(holder)
+        self.chooser.flushed(info.worker, info.epoch)
 
     def apply(self, holder: Holder, batch: KVEventBatch) -> None:
-        self.index.apply(holder, batch)
+        self.chooser.apply(holder, batch)
 
     def uncertain(self, holder: Holder) -> None:
-        self.index.clear_holder(holder)
+        self.chooser.uncertain(holder)
 
     def retried(self, failure: LegFailed) -> None:
         self.num_retries += 1
@@ -144,43 +112,35 @@ class Router:
             InvalidRequest: None of a role's has what is asked for.
             Overloaded: Every worker of a role refused this request for lack of room.
         """
-        hashes = _PromptHashes(attempt, self._config.model.name)
-        with ExitStack() as booked:
-            prefill = None
-            if self._config.aggregated is None:
-                prefill = self._choose(Role.PREFILL, attempt, hashes)
-                booked.callback(self.table.free, prefill.booking)
-            decode = self._choose(Role.AGGREGATED if prefill is None else Role.DECODE, attempt, hashes)
-            booked.callback(self.table.free, decode.booking)
-            yield Placement(prefill, decode, self.table)
+        aggregated = self._config.aggregated is not None
+        prefill = {} if aggregated else self._eligible(Role.PREFILL, attempt)
+        decode = self._eligible(Role.AGGREGATED if aggregated else Role.DECODE, attempt)
+        request = attempt.request
+        seed = chain_seed(self._config.model.name, request.lora, request.cache_salt)
+        ask = Ask(attempt.token_ids, seed, request.sampling.max_tokens, priority=request.priority)
+        now_s = _now_s()
+        choice = self.chooser.choose(ask, None if aggregated else self._mask(prefill), self._mask(decode), now_s)
+        booked = self.chooser.book(choice, now_s)
+        try:
+            first = choice.prefill
+            yield Placement(
+                None if first is None else Target(prefill[first.holder.worker], first.holder.dp_rank),
+                Target(decode[choice.decode.holder.worker], choice.decode.holder.dp_rank),
+                booked,
+            )
+        finally:
+            booked.free(_now_s())
 
-    def _choose(self, role: Role, attempt: Attempt, hashes: _PromptHashes) -> Target:
-        connections = {c.info.worker: c for c in self._eligible(role, attempt)}
-        block_size = next(iter(connections.values())).info.engine.block_size
-        leg = Leg(-(-len(attempt.token_ids) // block_size), computes_prompt=role is not Role.DECODE)
-        holders = [holder for connection in connections.values() for holder in _holders(connection.info)]
-        overlap = self._overlap(leg, hashes, block_size)
-        candidates = [Candidate(holder, overlap.get(holder, 0), self.table.load(holder)) for holder in holders]
-        decision = decide(leg, candidates, self._turns[role], self._config.router)
-        self._turns[role] += 1
-        chosen = decision.chosen.holder
-        self.num_legs[chosen] += 1
-        if chosen in self._silent and leg.computes_prompt:
-            self._routed.routed(chosen, hashes.of(block_size), asyncio.get_running_loop().time())
-        return Target(connections[chosen.worker], chosen.dp_rank, self._book(decision, leg))
+    def _mask(self, connections: Iterable[str]) -> int:
+        mask = 0
+        for worker in connections:
+            mask |= self.chooser.mask(worker)
+        return mask
 
-    def _overlap(self, leg: Leg, hashes: _PromptHashes, block_size: int) -> dict[Holder, int]:
-        """Leading prompt blocks by holder; not looked up where no decision depends on it."""
-        if not leg.computes_prompt or self._config.router.policy not in READS_OVERLAP:
-            return {}
-        prompt = hashes.of(block_size)
-        return self.index.overlap(prompt) | self._routed.overlap(prompt, asyncio.get_running_loop().time())
+    def _eligible(self, role: Role, attempt: Attempt) -> dict[str, WorkerConnection]:
+        return {connection.info.worker: connection for connection in self._live(role, attempt)}
 
-    def _book(self, decision: Decision, leg: Leg) -> Booking:
-        to_compute = leg.prompt_blocks - decision.chosen.overlap_blocks if leg.computes_prompt else 0
-        return self.table.book(decision.chosen.holder, max(0, to_compute), leg.prompt_blocks)
-
-    def _eligible(self, role: Role, attempt: Attempt) -> list[WorkerConnection]:
+    def _live(self, role: Role, attempt: Attempt) -> list[WorkerConnection]:
         """Live workers that can, without those that failed this request while there are others; never a full one.
 
         Nodes of one worker fail together, but each has room of its own.
@@ -218,5 +178,21 @@ def _able(connections: list[WorkerConnection], attempt: Attempt) -> list[WorkerC
     return able
 
 
-def _holders(info: WorkerInfo) -> list[Holder]:
-    return [Holder(info.worker, info.epoch, rank) for rank in range(info.engine.attn_dp_size)]
+def _facts(info: WorkerInfo, tells_events: bool) -> WorkerFacts:
+    engine = info.engine
+    return WorkerFacts(
+        info.worker,
+        info.epoch,
+        engine.role,
+        engine.attn_dp_size,
+        engine.block_size,
+        engine.kv_total_blocks,
+        worker_of(info.worker),
+        engine.handoff,
+        engine.caches_prefixes,
+        tells_events,
+    )
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

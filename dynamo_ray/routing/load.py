@@ -1,95 +1,244 @@
-"""How busy every rank is: what it said last, and what this ingress has given it."""
+"""How busy every rank is: what this ingress gave it, what other ingresses gave it, and what it said itself."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from backends.engine import RankLoad
-from dynamo_ray.routing.kv_index import Holder
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.engine import RankLoad, Role
+from dynamo_ray.routing.ranks import Holder, Ranks
+
+UNBOOKED_PROMPT_TOKENS = 1024
+"""Taken for a waiting request that no ingress has told of: engines report how many wait, not how long they are."""
+
+Floats = NDArray[np.float64]
 
 
-@dataclass(slots=True)
-class _Booked:
-    prefill_blocks: int = 0
-    """Prompt blocks still to compute."""
-    decode_blocks: int = 0
-    """Blocks that requests hold while they generate."""
-    requests: int = 0
+class Booked(NamedTuple):
+    """What one ingress has in flight on one rank."""
+
+    queued_tokens: int = 0
+    """Prompt tokens still to be computed: neither cached there nor computed yet."""
+    num_requests: int = 0
+    kv_tokens: int = 0
+    """Tokens whose KV those requests hold."""
+
+
+NOTHING = Booked()
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One rank's load as the policies see it."""
+    """One rank's load by all that is known, and the rank's own last word."""
 
-    prefill_blocks: int
-    decode_blocks: int
-    num_requests: int
+    queued_tokens: float
+    num_requests: float
+    kv_tokens: float
     reported: RankLoad | None
-    """What the rank said last, None before its first word."""
+    """None before its first report."""
 
 
-@dataclass(slots=True, eq=False)
 class Booking:
     """What one leg adds to one rank until `LoadTable.free`."""
 
-    holder: Holder
-    prefill_blocks: int
-    decode_blocks: int
+    __slots__ = ("column", "kv_tokens", "queued_tokens")
+
+    def __init__(self, column: int | None, queued_tokens: int, kv_tokens: int) -> None:
+        self.column = column
+        """None: counts nothing (any more)."""
+        self.queued_tokens = queued_tokens
+        self.kv_tokens = kv_tokens
+
+
+class _Rank:
+    """One rank's sums; the three numbers are those of `Booked`."""
+
+    __slots__ = ("block_size", "open", "ours", "peers", "reported", "role", "unbooked")
+
+    def __init__(self, role: Role, block_size: int) -> None:
+        self.role = role
+        self.block_size = block_size
+        self.open: set[Booking] = set()
+        self.ours = [0, 0, 0]
+        self.peers = [0, 0, 0]
+        self.unbooked = [0, 0, 0]
+        """What the last report had beyond what was booked at that moment."""
+        self.reported: RankLoad | None = None
 
 
 class LoadTable:
-    """Bookings and reports per rank. Whoever books frees, on every path; removing a rank removes its bookings."""
+    """Load per rank, in arrays by column of `ranks`: what is booked now, plus what no ingress has booked.
 
-    def __init__(self) -> None:
-        self._booked: dict[Holder, _Booked] = {}
-        self._reported: dict[Holder, RankLoad] = {}
-        self._bookings: set[Booking] = set()
+    An engine's report includes bookings that have reached it, and not those on their way. So nothing of a report
+    is added but its excess over all that was booked when it came: no request counts twice, and none is missed.
+    Whoever books frees, on every path; removing a rank ends its bookings.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._rows: list[_Rank | None] = []
+        self._peers: dict[str, dict[Holder, Booked]] = {}
+        self._changed: set[int] = set()
+        self._num_bookings = 0
+        self.values: Floats = np.zeros((3, 0))
+        """Row by row: queued_tokens, num_requests, kv_tokens. To read only."""
 
     @property
     def num_bookings(self) -> int:
-        return len(self._bookings)
+        return self._num_bookings
 
-    def add_holder(self, holder: Holder) -> None:
-        self._booked.setdefault(holder, _Booked())
+    def add_holder(self, holder: Holder, role: Role = Role.AGGREGATED, block_size: int = 1) -> None:
+        """Know a rank, idle until somebody says otherwise; adding it again changes nothing."""
+        column = self._ranks.add(holder)
+        while len(self._rows) <= column:
+            self._rows.append(None)
+        if self.values.shape[1] <= column:
+            wider = np.zeros((3, max(64, 2 * column)))
+            wider[:, : self.values.shape[1]] = self.values
+            self.values = wider
+        if self._rows[column] is None:
+            row = self._rows[column] = _Rank(role, block_size)
+            for replica in self._peers.values():
+                self._add(row.peers, replica.get(holder, NOTHING))
+            self._sum(column, row)
 
     def remove_holder(self, holder: Holder) -> None:
-        self._booked.pop(holder, None)
-        self._reported.pop(holder, None)
-        self._bookings = {booking for booking in self._bookings if booking.holder != holder}
+        """Forget a rank, its bookings included. Before the rank's column is given up."""
+        column = self._ranks.column(holder)
+        row = self._row(column)
+        if row is None or column is None:
+            return
+        for booking in row.open:
+            booking.column = None
+        self._num_bookings -= len(row.open)
+        for replica in self._peers.values():
+            replica.pop(holder, None)
+        self._rows[column] = None
+        self.values[:, column] = 0.0
+        self._changed.discard(column)
 
     def report(self, holder: Holder, load: RankLoad) -> None:
-        if holder in self._booked:
-            self._reported[holder] = load
+        """Take what a rank says of itself; of a rank that is not known it is dropped."""
+        column = self._ranks.column(holder)
+        row = self._row(column)
+        if row is None or column is None:
+            return
+        row.reported = load
+        booked = [ours + peers for ours, peers in zip(row.ours, row.peers, strict=True)]
+        requests = max(0, load.num_running + load.num_waiting - booked[1])
+        computing = {Role.PREFILL: requests, Role.DECODE: 0}.get(row.role, min(requests, load.num_waiting))
+        row.unbooked[0] = computing * UNBOOKED_PROMPT_TOKENS
+        row.unbooked[1] = requests
+        row.unbooked[2] = max(0, load.kv_used_blocks * row.block_size - booked[2])
+        self._sum(column, row)
 
     def reported(self) -> dict[Holder, RankLoad]:
-        return dict(self._reported)
+        """Every rank's last word."""
+        found = {}
+        for column, row in enumerate(self._rows):
+            holder = self._ranks.holder(column)
+            if row is not None and row.reported is not None and holder is not None:
+                found[holder] = row.reported
+        return found
 
-    def book(self, holder: Holder, prefill_blocks: int, decode_blocks: int) -> Booking:
+    def book(self, holder: Holder, queued_tokens: int, kv_tokens: int) -> Booking:
         """Count a leg in. A rank that is not known (it died meanwhile) counts nothing."""
-        booking = Booking(holder, prefill_blocks, decode_blocks)
-        booked = self._booked.get(holder)
-        if booked is not None:
-            self._bookings.add(booking)
-            booked.prefill_blocks += prefill_blocks
-            booked.decode_blocks += decode_blocks
-            booked.requests += 1
+        column = self._ranks.column(holder)
+        row = self._row(column)
+        if row is None or column is None:
+            return Booking(None, 0, 0)
+        booking = Booking(column, queued_tokens, kv_tokens)
+        row.open.add(booking)
+        self._num_bookings += 1
+        self._change(column, row, queued_tokens, 1, kv_tokens)
         return booking
 
     def prefilled(self, booking: Booking) -> None:
-        """The leg's prompt is computed."""
-        if booking in self._bookings:
-            self._booked[booking.holder].prefill_blocks -= booking.prefill_blocks
-            booking.prefill_blocks = 0
+        """The leg's prompt is computed; its KV is still held."""
+        row = self._row(booking.column)
+        if row is not None and booking.column is not None and booking.queued_tokens:
+            self._change(booking.column, row, -booking.queued_tokens, 0, 0)
+            booking.queued_tokens = 0
 
     def free(self, booking: Booking) -> None:
         """Count the leg out; safe to call twice."""
-        if booking in self._bookings:
-            self._bookings.discard(booking)
-            booked = self._booked[booking.holder]
-            booked.prefill_blocks -= booking.prefill_blocks
-            booked.decode_blocks -= booking.decode_blocks
-            booked.requests -= 1
+        column, booking.column = booking.column, None
+        row = self._row(column)
+        if row is not None and column is not None:
+            row.open.remove(booking)
+            self._num_bookings -= 1
+            self._change(column, row, -booking.queued_tokens, -1, -booking.kv_tokens)
+
+    def take_changes(self) -> dict[Holder, Booked]:
+        """What this ingress has booked on each rank whose bookings changed since the last call, for its peers."""
+        changed, self._changed = self._changed, set()
+        return self._ours(changed)
+
+    def ours(self) -> dict[Holder, Booked]:
+        """All that this ingress has booked, for a peer that begins to listen; ranks with nothing are left out."""
+        return {holder: booked for holder, booked in self._ours(range(len(self._rows))).items() if any(booked)}
+
+    def peer(self, replica: str, values: Mapping[Holder, Booked]) -> None:
+        """Take what another ingress has booked: absolute values of the ranks named; those not named stay as told.
+
+        Values of ranks that are not known yet count once these are.
+        """
+        told = self._peers.setdefault(replica, {})
+        for holder, booked in values.items():
+            before = told.pop(holder, NOTHING)
+            if any(booked):
+                told[holder] = booked
+            column = self._ranks.column(holder)
+            row = self._row(column)
+            if row is not None and column is not None:
+                self._add(row.peers, booked, before)
+                self._sum(column, row)
+
+    def forget(self, replica: str) -> None:
+        """Another ingress has left, or was silent for longer than its bookings are lent: they are gone."""
+        self.peer(replica, dict.fromkeys(self._peers.get(replica, ()), NOTHING))
+        self._peers.pop(replica, None)
 
     def load(self, holder: Holder) -> Load:
-        booked = self._booked.get(holder) or _Booked()
-        return Load(booked.prefill_blocks, booked.decode_blocks, booked.requests, self._reported.get(holder))
+        """One rank's load; zero of one that is not known."""
+        column = self._ranks.column(holder)
+        row = self._row(column)
+        if row is None or column is None:
+            return Load(0.0, 0.0, 0.0, None)
+        queued, requests, kv = self.values[:, column].tolist()
+        return Load(queued, requests, kv, row.reported)
+
+    def _row(self, column: int | None) -> _Rank | None:
+        return self._rows[column] if column is not None and column < len(self._rows) else None
+
+    def _ours(self, columns: set[int] | range) -> dict[Holder, Booked]:
+        found = {}
+        for column in columns:
+            holder, row = self._ranks.holder(column), self._row(column)
+            if holder is not None and row is not None:
+                found[holder] = Booked(*row.ours)
+        return found
+
+    def _change(self, column: int, row: _Rank, queued_tokens: int, requests: int, kv_tokens: int) -> None:
+        ours = row.ours
+        ours[0] += queued_tokens
+        ours[1] += requests
+        ours[2] += kv_tokens
+        self._changed.add(column)
+        self._sum(column, row)
+
+    def _sum(self, column: int, row: _Rank) -> None:
+        """From whole numbers each time: nothing drifts."""
+        ours, peers, unbooked, values = row.ours, row.peers, row.unbooked, self.values
+        values[0, column] = ours[0] + peers[0] + unbooked[0]
+        values[1, column] = ours[1] + peers[1] + unbooked[1]
+        values[2, column] = ours[2] + peers[2] + unbooked[2]
+
+    @staticmethod
+    def _add(to: list[int], booked: Booked, instead_of: Booked = NOTHING) -> None:
+        for row in range(3):
+            to[row] += booked[row] - instead_of[row]

@@ -53,6 +53,13 @@ def test_a_good_file_has_no_problems_and_one_application(tmp_path: Path) -> None
             8,
             "block_size",
         ),
+        (
+            "replicas: 2",
+            "replicas: 2\n      router: {policy: blokcs}",
+            "applications[0].args.router.policy",
+            9,
+            "known: ",
+        ),
         ("replicas: 2", "replicas: 2\n        replicas: 3", "applications[0].args.aggregated.replicas", 9, "twice"),
         (
             "replicas: 2",

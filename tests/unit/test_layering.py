@@ -10,7 +10,7 @@ import importlib.util, pathlib, sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ray", "torch", "vllm", "transformers", "nixl", "numpy"):
+        if name.split(".")[0] in ("ray", "torch", "vllm", "transformers", "nixl"):
             raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Block())

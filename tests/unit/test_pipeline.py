@@ -658,9 +658,9 @@ def test_after_an_update_of_weights_nothing_is_taken_to_be_cached(style: str, tm
             router, holder = made.dispatch.router, Holder("prefill-0", 1, 0)
             router.index.apply(holder, KVEventBatch(0, 0, [BlockStored([1], None, PROMPT[:16], 16)]))
             assert router.index.overlap(prompt) == {holder: 1}
-            assert router._routed.overlap(prompt, now_s) == {holder: 6}
+            assert router.chooser.guesses.overlap(prompt, now_s) == {holder: 6}
             await made.control(UpdateWeights(str(tmp_path)))
-            assert router.index.overlap(prompt) == router._routed.overlap(prompt, now_s) == {}
+            assert router.index.overlap(prompt) == router.chooser.guesses.overlap(prompt, now_s) == {}
             new = await collect(made, generation())
             assert new != old
             assert await collect(made, generation()) == new

@@ -1,0 +1,206 @@
+"""What a policy sees and says: one leg of one request, and a cost for each rank that could take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.engine import Role
+from dynamo_ray.routing.block_hash import block_hashes
+from dynamo_ray.routing.ranks import Holder
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Runs = Sequence[tuple[int, int]]
+"""(mask of ranks, depth): those ranks hold exactly `depth` leading blocks; no rank is in two masks."""
+
+FEW_BITS = 12
+"""Up to so many ranks of a mask are faster one by one than as an array."""
+
+
+class Ask:
+    """What a request asks of the router. The block hashes are computed once, however often it is asked."""
+
+    __slots__ = ("_hashes", "max_tokens", "priority", "seed", "session", "token_ids")
+
+    def __init__(
+        self, token_ids: Sequence[int], seed: int, max_tokens: int = 1, session: str | None = None, priority: int = 0
+    ) -> None:
+        self.token_ids = token_ids
+        self.seed = seed
+        """`chain_seed(model, lora, cache_salt)`: prompts under other seeds share nothing."""
+        self.max_tokens = max_tokens
+        self.session = session
+        """Of a conversation, where the client names one."""
+        self.priority = priority
+        self._hashes: dict[int, list[int]] = {}
+
+    def hashes(self, block_size: int) -> list[int]:
+        found = self._hashes.get(block_size)
+        if found is None:
+            found = self._hashes[block_size] = block_hashes(self.token_ids, block_size, self.seed)
+        return found
+
+
+class Pool:
+    """The ranks that could take a leg, in a stable order: by lockstep group, then by rank. Facts that don't change."""
+
+    def __init__(self, columns: Sequence[int], holders: Sequence[Holder], groups: Sequence[str], kv: Sequence[int]):
+        self.holders = tuple(holders)
+        self.columns = np.array(columns, dtype=np.intp)
+        self.kv_total_tokens: Floats = np.array(kv, dtype=np.float64)
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+        self.lockstep = len(numbers) < len(groups)
+        """Whether any of them step together."""
+        self.group = np.array([numbers[name] for name in groups], dtype=np.intp)
+        self.group_starts = np.flatnonzero(np.diff(self.group, prepend=-1))
+        self._width = max(columns, default=0) + 1
+        self._place = dict(zip(columns, range(len(columns)), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.holders)
+
+    def slowest(self, values: Floats) -> Floats:
+        """For each rank, the greatest value among those that step with it."""
+        if not self.lockstep:
+            return values
+        return np.maximum.reduceat(values, self.group_starts)[self.group]
+
+    def depths(self, runs: Runs) -> Floats:
+        """The depth of each rank's run, 0 where it is in none."""
+        depths = np.zeros(len(self.holders))
+        self.set_depths(depths, runs)
+        return depths
+
+    def set_depths(self, depths: Floats, runs: Runs) -> None:
+        """Put the depth of each run where its ranks are; the others stay."""
+        for mask, depth in runs:
+            if mask.bit_count() > FEW_BITS:
+                depths[self._members(mask)] = depth
+                continue
+            while mask:
+                low = mask & -mask
+                mask ^= low
+                place = self._place.get(low.bit_length() - 1)
+                if place is not None:
+                    depths[place] = depth
+
+    def _members(self, mask: int) -> Bools:
+        num_bytes = (max(self._width, mask.bit_length()) + 7) // 8
+        packed = np.frombuffer(mask.to_bytes(num_bytes, "little"), np.uint8)
+        return np.unpackbits(packed, bitorder="little").view(np.bool_)[self.columns]
+
+
+@dataclass(slots=True, eq=False)
+class Leg:
+    """One leg to be placed, and its candidates as arrays: element i of each is of `holders[i]`. To read only."""
+
+    role: Role
+    ask: Ask
+    block_size: int
+    turn: int
+    """Counts the legs of this role that were given out: what rotates, rotates by it."""
+    pool: Pool
+    queued_tokens: Floats
+    """Prompt tokens each has to compute before this leg's."""
+    num_requests: Floats
+    kv_tokens: Floats
+    """Tokens whose KV each holds for requests."""
+    device_blocks: Floats
+    """Leading prompt blocks each holds where its engine can use them at once, or is about to."""
+    host_blocks: Floats
+    """The same, counting those in host memory in; never less than `device_blocks`."""
+    disk_blocks: Floats
+    """The same, counting every tier in."""
+
+    @property
+    def holders(self) -> tuple[Holder, ...]:
+        return self.pool.holders
+
+    @property
+    def computes_prompt(self) -> bool:
+        """False of a decode leg, which is handed its KV."""
+        return self.role is not Role.DECODE
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.ask.token_ids)
+
+    @property
+    def prompt_blocks(self) -> int:
+        """Rounded up."""
+        return -(-len(self.ask.token_ids) // self.block_size)
+
+    @property
+    def uncached_tokens(self) -> Floats:
+        """Prompt tokens each would have to compute (a decode leg: to be handed); the last one it computes always."""
+        return np.maximum(len(self.ask.token_ids) - self.block_size * self.device_blocks, 1.0)
+
+
+Costs = Floats | Mapping[str, Floats]
+"""A cost for each candidate, lower is better, inf: never this one; or several by name, which are added up."""
+Scorer = Callable[[Leg], Costs]
+Filter = Callable[[Leg], Bools]
+"""True for each candidate that may be chosen."""
+Picker = Callable[[Leg, Floats], int]
+"""The place of the candidate to take, among those whose cost is finite; there is one."""
+
+
+def cheapest(leg: Leg, costs: Floats) -> int:
+    """The lowest cost; of equals the one with the fewest requests, then in rotation, so that equals share work."""
+    best = int(costs.argmin())
+    equal = (costs == costs[best]).nonzero()[0]
+    if len(equal) == 1:
+        return best
+    requests = leg.num_requests[equal]
+    equal = equal[requests == requests.min()]
+    return int(equal[leg.turn % len(equal)])
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Filters, a scorer, a picker. `Policy(score)` is what a plain function stands for."""
+
+    score: Scorer
+    filters: tuple[Filter, ...] = ()
+    pick: Picker = cheapest
+    reads_overlap: bool = True
+    """False: prompts are neither hashed nor looked up for it."""
+
+
+class Nonsense(ValueError):
+    """A policy's answer that names no candidate; the message says what it was."""
+
+
+def total(policy: Policy, leg: Leg) -> Floats:
+    """The policy's cost for each candidate, filtered ones at inf.
+
+    Raises:
+        Nonsense: It is not one number for each, or there is none that may be taken.
+    """
+    scored = policy.score(leg)
+    costs = sum(scored.values()) if isinstance(scored, Mapping) else scored
+    for allows in policy.filters:
+        costs = np.where(allows(leg), costs, np.inf)
+    if not isinstance(costs, np.ndarray) or costs.shape != (len(leg.pool),):
+        shown = costs.shape if isinstance(costs, np.ndarray) else type(costs).__name__
+        raise Nonsense(f"the costs are {shown}, not an array of {len(leg.pool)} numbers")
+    least = float(costs.min())
+    if not -np.inf < least < np.inf:
+        raise Nonsense(f"the lowest cost is {least}: no candidate can be taken")
+    return costs
+
+
+def pick(policy: Policy, leg: Leg, costs: Floats) -> int:
+    """The policy's pick.
+
+    Raises:
+        Nonsense: It is none of the candidates that may be taken.
+    """
+    place = policy.pick(leg, costs)
+    if not 0 <= place < len(costs) or costs[place] == np.inf:
+        raise Nonsense(f"picked {place} of {len(costs)} candidates, at cost {costs[place : place + 1]}")
+    return place
