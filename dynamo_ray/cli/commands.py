@@ -98,6 +98,12 @@ def up(
     file: File,
     address: Address = None,
     port: Port = None,
+    fake_cluster: Annotated[
+        bool, typer.Option("--fake-cluster", help="Fake the GPU nodes it asks for, and simulate its engines.")
+    ] = False,
+    topology: Annotated[
+        str | None, typer.Option(help="Of --fake-cluster, as of plan; without it, as few nodes as it fits on.")
+    ] = None,
     first_token: Annotated[
         bool, typer.Option("--first-token", help="When ready, send a request and print how long all of it took.")
     ] = False,
@@ -109,6 +115,8 @@ def up(
     from dynamo_ray.cli.processes import PeakMemory
     from dynamo_ray.cli.up import up as start
 
+    if topology is not None and not fake_cluster:
+        raise PreflightError((Problem("--topology", "only --fake-cluster makes nodes; add it, or leave this out"),))
     began_s = started_at if started_at is not None else psutil.Process().create_time()
     interrupts = Interrupts()
     memory: PeakMemory | None = None
@@ -122,7 +130,14 @@ def up(
     try:
         with Progress(began_s) as progress:
             deployment = start(
-                file, address=address, port=port, report=progress.workers, progress=progress.step, prepared=prepared
+                file,
+                address=address,
+                port=port,
+                fake_nodes=fake_cluster,
+                topology=topology,
+                report=progress.workers,
+                progress=progress.step,
+                prepared=prepared,
             )
         interrupts.defer()
         with deployment:
@@ -156,6 +171,31 @@ def _show_first_token(deployment: Deployment, began_s: float, memory: PeakMemory
     took_s = time.time() - began_s
     peak = f"; peak memory {memory.stop() / 2**30:.2f} GiB (PSS)" if memory is not None else ""
     typer.echo(f"first token {took_s:.1f} s after the command began{peak}")
+
+
+@app.command()
+def bench(
+    file: Annotated[Path | None, typer.Argument(help="What is served; without it, --url is asked.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where; without it, the `up` of this user.")] = None,
+    model_name: Annotated[str | None, typer.Option("--model", help="In place of the file's.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="DYNAMO_RAY_API_KEY", help="Where one is asked for.")] = None,
+    requests: Annotated[int, typer.Option(help="In all.", min=1)] = 64,
+    concurrency: Annotated[int, typer.Option(help="At once.", min=1)] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Of a request, nearly.", min=1)] = 512,
+    answer_tokens: Annotated[int, typer.Option(help="Of a request.", min=1)] = 128,
+    shared: Annotated[float, typer.Option(help="Part of a prompt that all begin with.", min=0.0, max=1.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Other prompts for another one.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Send traffic to what runs and print what its clients saw; exit code 1 if a request failed."""
+    from dynamo_ray.cli import bench as benching
+
+    target = benching.target(file, url, model_name, api_key)
+    shape = benching.Shape(requests, concurrency, prompt_tokens, answer_tokens, shared, seed)
+    figures = benching.run(target, shape)
+    benching.show(figures, as_json)
+    if figures.ok < figures.requests:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -11,12 +11,14 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import auto_init_hook
+from ray._private.node import Node as RayNode
+from ray._private.parameter import RayParams
 
 from dynamo_ray.cli import processes, state
 from dynamo_ray.cluster.gang import reason_of
@@ -94,8 +96,14 @@ def variables(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[str]:
+def running(
+    folder: Path, nodes: Sequence[Mapping[str, Any]] = (), progress: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
     """Ray, as the address other drivers reach it at; at the end nothing that it started is left.
+
+    Args:
+        nodes: more nodes on this machine, with the resources and labels that each is to claim (RayParams of Ray).
+        progress: told how many of those there are.
 
     Raises:
         PreflightError: This process is joined to a Ray already.
@@ -111,6 +119,7 @@ def running(folder: Path) -> Iterator[str]:
             state.keep_ray_token(str(folder), values["RAY_AUTH_TOKEN"])
         with variables(values):
             _start(folder)
+            _add_nodes(nodes, progress)
         yield str(ray.get_runtime_context().gcs_address)
     finally:
         try:
@@ -129,6 +138,28 @@ def _start(folder: Path) -> None:
         )
     except Exception as error:  # the border: Ray raises whatever it meets
         raise StartError(f"Ray did not start: {reason_of(error)}") from error
+
+
+def _add_nodes(nodes: Sequence[Mapping[str, Any]], progress: Callable[[str], None]) -> None:
+    """As ray.cluster_utils.Cluster does, which would also tell the whole machine of this Ray (write_ray_address)."""
+    address = str(ray.get_runtime_context().gcs_address)
+    for number, options in enumerate(nodes, start=1):
+        progress(f"fake node {number} of {len(nodes)}")
+        parameters = RayParams(
+            gcs_address=address,
+            redis_address=address,
+            node_ip_address=f"127.0.{number // 250}.{number % 250 + 2}",
+            include_log_monitor=False,
+            node_manager_port=0,
+            min_worker_port=0,
+            max_worker_port=0,
+            dashboard_agent_listen_port=None,
+            **options,
+        )
+        try:
+            RayNode(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
+        except Exception as error:  # the border: Ray raises whatever it meets
+            raise StartError(f"fake node {number} did not start: {reason_of(error)}") from error
 
 
 def refuse_second() -> None:

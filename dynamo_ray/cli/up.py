@@ -14,8 +14,10 @@ import yaml
 
 from dynamo_ray.cli import local_ray, preflight, serving, state
 from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable
+from dynamo_ray.cli.fake_cluster import FakeCluster, fake_cluster
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.config_file import IMPORT_PATH
+from dynamo_ray.errors import PreflightError, Problem
 from dynamo_ray.request.membership import WorkerStatus
 
 TEARDOWN_MARGIN_S = 30.0
@@ -88,6 +90,8 @@ def up(
     *,
     address: str | None = None,
     port: int | None = None,
+    fake_nodes: bool = False,
+    topology: str | None = None,
     report: Report = lambda statuses: None,
     progress: Callable[[str], None] = lambda line: None,
     prepared: Callable[[Deployment], None] = lambda deployment: None,
@@ -98,6 +102,8 @@ def up(
         config: a file, or the `args` of one as a value.
         address: of a running Ray; without it a private one is started, which ends with the deployment.
         port: in place of the file's.
+        fake_nodes: on a private Ray whose GPU nodes are faked, with simulated engines (`fake_cluster`).
+        topology: of those nodes, 13x8xH100 or a file; None: as few as the workers fit on.
         report: told the workers' states at each change.
         progress: told each step, as a line for a person.
         prepared: given the deployment before anything is started, for who must be able to end it early.
@@ -112,35 +118,44 @@ def up(
         folder = resources.enter_context(local_ray.scratch())
         checked = check_file(_as_file(config, folder))
         check_reachable(checked)
+        nodes: list[dict[str, Any]] = []
+        if fake_nodes:
+            fake = _faked(checked, topology, address)
+            checked, nodes = fake.checked, fake.node_options()
         chosen = checked.port if port is None else port
         if address is None:
             state.running()  # for what it ends: a proxy of a killed `up` may sit on the port
             preflight.check(checked, chosen, progress)
         deployment = Deployment(checked, resources, _entry(checked, chosen, address, folder))
         prepared(deployment)
-        _start(deployment, chosen, address, folder, resources, report, progress)
+        if address is None:
+            progress("starting Ray")
+            deployment.note(ray_address=resources.enter_context(local_ray.running(folder, nodes, progress)))
+            head = "127.0.0.1"
+        else:
+            head = resources.enter_context(serving.driver(address))
+        _deploy(deployment, chosen, head, resources, report, progress)
     except BaseException:
         resources.close()
         raise
     return deployment
 
 
-def _start(
+def _faked(checked: CheckedFile, topology: str | None, address: str | None) -> FakeCluster:
+    if address is not None:
+        raise PreflightError((Problem("--address", "a fake cluster is a private one; leave one of the two out"),))
+    return fake_cluster(checked, topology)
+
+
+def _deploy(
     deployment: Deployment,
     port: int,
-    address: str | None,
-    folder: Path,
+    head: str,
     resources: contextlib.ExitStack,
     report: Report,
     progress: Callable[[str], None],
 ) -> None:
     checked = deployment.checked
-    if address is None:
-        progress("starting Ray")
-        deployment.note(ray_address=resources.enter_context(local_ray.running(folder)))
-        head = "127.0.0.1"
-    else:
-        head = resources.enter_context(serving.driver(address))
     progress("deploying")
     client = serving.start(checked, port)
     urls = checked.urls(serving.root_url(client.http_config, head))
@@ -153,7 +168,7 @@ def _start(
         deployment.note(workers=statuses)
         report(statuses)
 
-    serving.await_ready(checked, urls, changed, give_up=address is None)
+    serving.await_ready(checked, urls, changed, give_up=deployment.mark is not None)
     deployment.note(workers=tuple(deployment.statuses()), ready=True)
 
 

@@ -168,14 +168,18 @@ def cpu_s(group: list[psutil.Process]) -> float:
 
 
 def run_load(url: str, streams: int, tokens: int) -> dict[str, Any]:
-    command = [sys.executable, str(HERE / "sse_load.py"), "--url", url, "--model", MODEL]
-    done = subprocess.run(
-        [*command, "--streams", str(streams), "--tokens", str(tokens)], capture_output=True, text=True, check=True
-    )
+    shape = ["--requests", str(streams), "--concurrency", str(streams), "--answer-tokens", str(tokens)]
+    command = [sys.executable, "-m", "dynamo_ray", "bench", "--url", url, "--model", MODEL, "--prompt-tokens", "200"]
+    done = subprocess.run([*command, *shape, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the load failed: {done.stdout}{done.stderr}")
     figures: dict[str, Any] = json.loads(done.stdout)
-    if figures["ok"] != streams:
-        raise SystemExit(f"the load failed: {figures}")
-    return figures
+    return {
+        "tokens": figures["answer_tokens"],
+        "events": figures["events"],
+        "ttft_p50_ms": 1000 * figures["ttft_s"]["p50"],
+        "itl_p50_ms": 1000 * figures["itl_s"]["p50"],
+    }
 
 
 def measure(app: str, application: serve.Application, port: int, streams: int, tokens: int, repeats: int) -> list[Cost]:

@@ -70,14 +70,19 @@ def test_curl_streams_server_sent_events(deployment: Deployment) -> None:
 
 
 def test_64_streams_at_once_all_finish(deployment: Deployment) -> None:
-    command = [sys.executable, str(ROOT / "tests/bench/sse_load.py"), "--url", deployment.url, "--model", MODEL]
+    shape = ["--requests", "64", "--concurrency", "64", "--prompt-tokens", "200", "--answer-tokens", "100"]
     done = subprocess.run(
-        [*command, "--streams", "64", "--tokens", "100"], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-m", "dynamo_ray", "bench", "--url", deployment.url, *shape, "--shared", "0.5", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     figures = json.loads(done.stdout)
-    assert figures["errors"] == []
+    assert figures["errors"] == {}
     assert figures["ok"] == 64
-    assert figures["tokens"] == 6400
+    assert figures["answer_tokens"] == 6400
+    assert abs(figures["prompt_tokens"] - 64 * 200) <= 64
 
 
 def kv_used(deployment: Deployment) -> float:
