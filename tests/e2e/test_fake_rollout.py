@@ -23,8 +23,8 @@ class Rollout:
 
 ROLLOUTS = (
     Rollout("deepseek-r1-wideep", "deepseek-ai/DeepSeek-R1", nodes=13, ranks=104),
-    Rollout("qwen3-32b-fp8-trtllm-disagg", "Qwen/Qwen3-32B-FP8", nodes=1, ranks=2),
-    Rollout("kimi-k2-vllm-dep16", "moonshotai/Kimi-K2-Instruct", nodes=4, ranks=32),
+    Rollout("qwen3-32b-fp8-trtllm-disagg", "Qwen/Qwen3-32B-FP8", nodes=1, ranks=6),
+    Rollout("kimi-k2-vllm-disagg-32xh200", "moonshotai/Kimi-K2-Instruct", nodes=4, ranks=32),
 )
 
 
