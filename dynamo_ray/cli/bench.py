@@ -44,12 +44,12 @@ def run(target: load.Target, shape: Shape) -> load.Figures:
     Raises:
         StartError: The deployment does not answer the first request.
     """
-    prompts = _prompts(shape, asyncio.run(_characters_per_token(target)))
+    texts = prompts(shape, asyncio.run(_characters_per_token(target)))
     with Progress(transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task("requests", total=len(prompts))
+        task = bar.add_task("requests", total=len(texts))
         return asyncio.run(
             load.run(
-                target, prompts, shape.answer_tokens, shape.concurrency, lambda done: bar.update(task, completed=done)
+                target, texts, shape.answer_tokens, shape.concurrency, lambda done: bar.update(task, completed=done)
             )
         )
 
@@ -122,7 +122,8 @@ async def _characters_per_token(target: load.Target) -> float:
     return PROBE_CHARACTERS / figures.prompt_tokens
 
 
-def _prompts(shape: Shape, characters_per_token: float) -> list[str]:
+def prompts(shape: Shape, characters_per_token: float) -> list[str]:
+    """Random words, the same for the same shape; each as long as `shape.prompt_tokens` are at that ratio."""
     characters = round(shape.prompt_tokens * characters_per_token)
     num_shared = round(characters * shape.shared)
     shared = _text(random.Random(shape.seed), num_shared)

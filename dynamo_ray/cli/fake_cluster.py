@@ -192,9 +192,10 @@ def _uniform(gpu: GpuType, num_nodes: int) -> Topology:
 
 
 def _groups(checked: CheckedFile) -> list[WorkerGroup]:
-    """Of all applications, each named by its place in the file."""
+    """Of all applications; where there are several, each role is named with its application."""
+    alone = len(checked.applications) == 1
     return [
-        replace(group, name=f"applications[{application.index}].args.{group.name}")
+        group if alone else replace(group, name=f"{application.name}.{group.name}")
         for application in checked.applications
         for group in worker_groups(application.config)
     ]
