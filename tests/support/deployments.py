@@ -89,7 +89,7 @@ def wait_until(condition: Any, timeout_s: float, what: str, every_s: float = 0.1
 
 @contextmanager
 def up(config: Path, model: str, log: Path, *options: str) -> Iterator[Deployment]:
-    """`dynamo-ray up CONFIG` with those options, ready; at the end Ctrl-C, and every process it had started must be gone."""
+    """`dynamo-ray up CONFIG`, ready; at the end Ctrl-C, and every process it had started must be gone."""
     port = free_port()
     command = [str(BIN / "dynamo-ray"), "up", str(config), "--port", str(port), *options]
     with _running(command, port, model, log) as deployment:
