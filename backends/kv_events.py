@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import msgspec
 
+MAX_PAYLOAD_BYTES = 32 << 20
+"""Of one batch. A step of 128k tokens makes half a megabyte."""
+MAX_HASH_BYTES = 64
+"""vLLM's are SHA-256 at the longest."""
 
-class BlockStored(msgspec.Struct, frozen=True):
-    """Consecutive full blocks now held by one rank. `token_ids` covers all of them, in order."""
+EngineHash = int | Annotated[bytes, msgspec.Meta(max_length=MAX_HASH_BYTES)]
+"""What an engine calls a block: 64 bits, signed or not, or a digest."""
+
+
+class BlockStored(msgspec.Struct, frozen=True, gc=False):
+    """Consecutive full blocks now held by one rank. `token_ids` covers all of them, in order.
+
+    With neither tokens nor a block size: blocks told of before are now on `medium` too.
+    """
 
     block_hashes: list[int | bytes]
     parent_block_hash: int | bytes | None
@@ -19,12 +31,12 @@ class BlockStored(msgspec.Struct, frozen=True):
     cache_salt: str | None = None
 
 
-class BlockRemoved(msgspec.Struct, frozen=True):
+class BlockRemoved(msgspec.Struct, frozen=True, gc=False):
     block_hashes: list[int | bytes]
     medium: str | None = None
 
 
-class AllBlocksCleared(msgspec.Struct, frozen=True):
+class AllBlocksCleared(msgspec.Struct, frozen=True, gc=False):
     pass
 
 
@@ -47,21 +59,24 @@ Frames = Sequence[bytes]
 """[topic, 8-byte big-endian sequence, msgpack payload]: the framing of vLLM's and SGLang's ZeroMQ publishers."""
 
 Decoder = Callable[[Frames], KVEventBatch]
+"""Of one rank's stream: what it has seen of it may decide what it takes from the next batch."""
 
 Bigram = tuple[int, int]
 """What SGLang keeps a block by while it speculates with a draft of the EAGLE kind: a token and the one after it
 (_record_store_event in mem_cache/events.py, 0.5.16 and 0.5.23)."""
 
 
-class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored"):
-    block_hashes: list[int | bytes]
-    parent_block_hash: int | bytes | None
+class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
+    block_hashes: list[EngineHash]
+    parent_block_hash: EngineHash | None
     token_ids: list[int | Bigram]
     block_size: int
     medium: str | None = None
     lora_name: str | None = None
     cache_salt: str | None = None
     extra_keys: list[tuple[msgspec.Raw, ...] | None] | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
 
     def value(self) -> BlockStored:
         return BlockStored(
@@ -71,26 +86,27 @@ class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored"):
             self.block_size,
             self.medium,
             self.lora_name,
-            self.cache_salt or _salt_in(self.extra_keys, self.lora_name),
+            self.cache_salt or (_salt_in(self.extra_keys, self.lora_name) if self.extra_keys else None),
         )
 
 
-class _TaggedRemoved(msgspec.Struct, tag_field="type", tag="BlockRemoved"):
-    block_hashes: list[int | bytes]
+class _TaggedRemoved(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
+    block_hashes: list[EngineHash]
     medium: str | None = None
+    group_idx: int | None = None
 
     def value(self) -> BlockRemoved:
         return BlockRemoved(self.block_hashes, self.medium)
 
 
-class _TaggedCleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared"):
+class _TaggedCleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", gc=False):
     def value(self) -> AllBlocksCleared:
         return AllBlocksCleared()
 
 
-class _ArrayStored(msgspec.Struct, array_like=True, tag="BlockStored"):
-    block_hashes: list[int | bytes]
-    parent_block_hash: int | bytes | None
+class _ArrayStored(msgspec.Struct, array_like=True, tag="BlockStored", gc=False):
+    block_hashes: list[EngineHash]
+    parent_block_hash: EngineHash | None
     token_ids: list[int | Bigram]
     block_size: int
     lora_id: int | None = None
@@ -98,58 +114,83 @@ class _ArrayStored(msgspec.Struct, array_like=True, tag="BlockStored"):
 
     def value(self) -> BlockStored:
         lora = None if self.lora_id is None else str(self.lora_id)
-        return BlockStored(
-            self.block_hashes,
-            self.parent_block_hash,
-            _tokens(self.token_ids),
-            self.block_size,
-            self.medium,
-            lora,
-        )
+        tokens = _tokens(self.token_ids)
+        return BlockStored(self.block_hashes, self.parent_block_hash, tokens, self.block_size, self.medium, lora)
 
 
-class _ArrayRemoved(msgspec.Struct, array_like=True, tag="BlockRemoved"):
-    block_hashes: list[int | bytes]
+class _ArrayRemoved(msgspec.Struct, array_like=True, tag="BlockRemoved", gc=False):
+    block_hashes: list[EngineHash]
     medium: str | None = None
 
     def value(self) -> BlockRemoved:
         return BlockRemoved(self.block_hashes, self.medium)
 
 
-class _ArrayCleared(msgspec.Struct, array_like=True, tag="AllBlocksCleared"):
+class _ArrayCleared(msgspec.Struct, array_like=True, tag="AllBlocksCleared", gc=False):
     def value(self) -> AllBlocksCleared:
         return AllBlocksCleared()
 
 
+_Tagged = _TaggedStored | _TaggedRemoved | _TaggedCleared
+_Array = _ArrayStored | _ArrayRemoved | _ArrayCleared
+
+
 class _TaggedBatch(msgspec.Struct, array_like=True):
     ts: float
-    events: list[_TaggedStored | _TaggedRemoved | _TaggedCleared]
+    events: list[_Tagged]
     dp_rank: int | None = None
 
 
 class _ArrayBatch(msgspec.Struct, array_like=True):
     ts: float
-    events: list[_ArrayStored | _ArrayRemoved | _ArrayCleared]
+    events: list[_Array]
     dp_rank: int | None = None
 
 
 def _tokens(given: list[int | Bigram]) -> list[int]:
-    return [token if isinstance(token, int) else token[0] for token in given]
+    if given and isinstance(given[0], tuple):
+        return [token if isinstance(token, int) else token[0] for token in given]
+    return given  # type: ignore[return-value]  # one that mixes them is refused where its tokens are read
 
 
-def _salt_in(extra_keys: list[tuple[msgspec.Raw, ...] | None] | None, lora_name: str | None) -> str | None:
+def _salt_in(extra_keys: list[tuple[msgspec.Raw, ...] | None], lora_name: str | None) -> str | None:
     """vLLM has no cache_salt field: a salted prompt's first block carries the salt as a string among its extra keys.
 
     Where there is an adapter its name comes before, in every block (generate_block_hash_extra_keys in
     v1/core/kv_cache_utils.py, 0.32 and 0.33).
     """
-    for keys in extra_keys or ():
+    for keys in extra_keys:
         for key in (keys or ())[lora_name is not None :]:
             try:
                 return msgspec.msgpack.decode(key, type=str)
             except msgspec.ValidationError:
                 continue
     return None
+
+
+_WHOLE_PREFIX = {None, "full_attention", "mla_attention", "sink_full_attention", "unknown"}
+
+
+class _Groups:
+    """Which of a hybrid model's KV cache groups is counted: the first that keeps whole prefixes.
+
+    vLLM tells of every block once a group, by the same hash, and of a group's kind only where it stores
+    (take_events in v1/core/kv_cache_manager.py, 0.32 and 0.33). Sliding windows and state space layers keep less
+    than a prefix.
+    """
+
+    def __init__(self) -> None:
+        self._counted: int | None = None
+
+    def counts(self, event: _Tagged) -> bool:
+        if isinstance(event, _TaggedCleared) or event.group_idx is None:
+            return True
+        if self._counted is None:
+            if isinstance(event, _TaggedRemoved):
+                return True
+            if event.kv_cache_spec_kind in _WHOLE_PREFIX:
+                self._counted = event.group_idx
+        return event.group_idx == self._counted
 
 
 _BATCHES: dict[str, type[_TaggedBatch] | type[_ArrayBatch]] = {
@@ -162,7 +203,7 @@ _BATCHES: dict[str, type[_TaggedBatch] | type[_ArrayBatch]] = {
 
 
 def decoder(wire_format: str) -> Decoder:
-    """The decoder of an engine's wire format; it raises KVEventDecodeError for anything else than a batch.
+    """The decoder of one rank's stream in an engine's wire format; it raises KVEventDecodeError for all but a batch.
 
     Raises:
         ValueError: The format is unknown; names those known.
@@ -170,14 +211,20 @@ def decoder(wire_format: str) -> Decoder:
     if wire_format not in _BATCHES:
         raise ValueError(f"unknown KV event format {wire_format!r}; there are {', '.join(_BATCHES)}")
     batches = msgspec.msgpack.Decoder(_BATCHES[wire_format])
+    counts = _Groups().counts
 
     def decode(frames: Frames) -> KVEventBatch:
         if len(frames) != 3 or len(frames[1]) != 8:
             raise KVEventDecodeError(f"not [topic, sequence, payload]: {len(frames)} frames")
+        if len(frames[2]) > MAX_PAYLOAD_BYTES:
+            raise KVEventDecodeError(f"{len(frames[2])} bytes in one batch, {MAX_PAYLOAD_BYTES} at most")
         try:
             batch = batches.decode(frames[2])
-            events: list[KVEvent] = [event.value() for event in batch.events]
-        except (msgspec.DecodeError, RecursionError) as error:
+            if isinstance(batch, _TaggedBatch):
+                events: list[KVEvent] = [event.value() for event in batch.events if counts(event)]
+            else:
+                events = [event.value() for event in batch.events]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise KVEventDecodeError(f"not a {wire_format} batch: {error}") from error
         return KVEventBatch(int.from_bytes(frames[1], "big"), batch.dp_rank, events)
 
@@ -186,7 +233,7 @@ def decoder(wire_format: str) -> Decoder:
 
 def encode(batch: KVEventBatch) -> list[bytes]:
     """Frames of the `simulated-1` format, which is vLLM's."""
-    events: list[_TaggedStored | _TaggedRemoved | _TaggedCleared] = []
+    events: list[_Tagged] = []
     for event in batch.events:
         if isinstance(event, BlockStored):
             events.append(_TaggedStored(**msgspec.structs.asdict(event)))

@@ -12,7 +12,8 @@ import numpy as np
 from backends.engine import HandoffStyle, RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import RouterConfig
-from dynamo_ray.routing.kv_index import KVIndex, RoutedPrefixes
+from dynamo_ray.routing.approximate import RoutedPrefixes
+from dynamo_ray.routing.kv_index import KVIndex
 from dynamo_ray.routing.load import Booking, LoadTable
 from dynamo_ray.routing.policies import resolve
 from dynamo_ray.routing.policy import Ask, Floats, Leg, Policy, Pool, pick, total
@@ -124,7 +125,7 @@ class Chooser:
         self.policy = resolve(self.config)
         self.ranks = Ranks()
         self.index = KVIndex(model, self.ranks)
-        self.guesses = RoutedPrefixes()
+        self.guesses = RoutedPrefixes(self.ranks)
         self.table = LoadTable(self.ranks)
         self.num_policy_errors = 0
         """Legs that a policy could not place, which then went to the rank with the fewest requests."""
@@ -190,7 +191,7 @@ class Chooser:
 
     def uncertain(self, holder: Holder) -> None:
         """What was known of the rank's cache can no longer be trusted."""
-        self.index.clear_holder(holder)
+        self.index.doubt(holder)
 
     def flushed(self, worker: str, epoch: int) -> None:
         """Its caches have been emptied: nothing that was sent there before is found there again."""
@@ -265,10 +266,7 @@ class Chooser:
         found = self.index.lookup(hashes, mask & ~self._silent)
         device = pool.depths(found.device)
         if self._silent:
-            for holder, depth in self.guesses.overlap(hashes, now_s).items():
-                column = self.ranks.column(holder)
-                if column is not None and (self._silent & mask) >> column & 1:
-                    pool.set_depths(device, ((1 << column, depth),))
+            pool.set_depths(device, self.guesses.lookup(hashes, now_s, self._silent & mask))
         host = np.maximum(device, pool.depths(found.host)) if found.host else device
         return device, host, np.maximum(host, pool.depths(found.disk)) if found.disk else host
 

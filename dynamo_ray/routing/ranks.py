@@ -77,3 +77,7 @@ class Ranks:
             if holder is not None:
                 found.append(holder)
         return found
+
+    def by_holder(self, runs: list[tuple[int, int]]) -> dict[Holder, int]:
+        """The depth of each rank, of runs as `KVIndex.lookup` tells them."""
+        return {holder: depth for mask, depth in runs for holder in self.in_mask(mask)}

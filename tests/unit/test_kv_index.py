@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, KVEventBatch
 from backends.simulated_cache import BlockPool
+from dynamo_ray.routing.approximate import RoutedPrefixes
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
-from dynamo_ray.routing.kv_index import Holder, KVIndex, RoutedPrefixes
+from dynamo_ray.routing.kv_index import Holder, KVIndex
 from dynamo_ray.routing.ranks import Ranks
 
 A, B = Holder("a", 1, 0), Holder("b", 1, 0)
@@ -159,7 +160,9 @@ def test_the_index_equals_the_caches_it_hears_of(steps: list[tuple[str, int, int
 
 
 def test_what_was_routed_counts_until_it_expires() -> None:
-    routed = RoutedPrefixes(ttl_s=10.0)
+    ranks = Ranks()
+    ranks.add(A)
+    routed = RoutedPrefixes(ranks, ttl_s=10.0)
     routed.routed(A, [1, 2, 3], now_s=0.0)
     assert routed.overlap([1, 2, 9], now_s=5.0) == {A: 2}
     assert routed.overlap([1, 2, 3], now_s=11.0) == {}

@@ -1,0 +1,126 @@
+"""What one rank holds on one tier, in the engine's names and in ours, and whose bits a tier's blocks carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+EngineHash = int | bytes
+Blocks = dict[int, int]
+"""Our block hash -> mask of the ranks that hold it, of one tier. Both are plain ints, so the collector skips it."""
+
+
+class Holding:
+    """One rank's blocks on one tier, and its bit in that tier's `Blocks`.
+
+    A block is held until everything that was stored as it is removed: engines compute equal prompts side by side and
+    tell of each copy, and may tell two blocks apart that are one to us.
+    """
+
+    __slots__ = ("_aliases", "_bit", "_blocks", "_copies", "_ours")
+
+    def __init__(self, bit: int, blocks: Blocks) -> None:
+        self._bit, self._blocks = bit, blocks
+        self._ours: dict[EngineHash, int] = {}
+        self._copies: dict[EngineHash, int] = {}
+        """Of its blocks stored more than once under one name: copies beyond the first."""
+        self._aliases: dict[int, int] = {}
+        """Of its blocks stored under more than one name: names beyond the first."""
+
+    def __len__(self) -> int:
+        return len(self._ours)
+
+    def block(self, theirs: EngineHash) -> int | None:
+        """Our hash of a block it holds."""
+        return self._ours.get(theirs)
+
+    def store(self, theirs: Sequence[EngineHash], ours: Sequence[int]) -> int:
+        """Hold blocks, named alike in both; how many were not taken, since their name is another block's."""
+        fresh = dict.fromkeys(ours, self._bit)
+        # Whole events go in at the speed of C where nothing of them is known, as nearly always.
+        if len(fresh) != len(theirs) or len(set(theirs)) != len(theirs) or not self._ours.keys().isdisjoint(theirs):
+            return self._store_one_by_one(theirs, ours)
+        self._ours.update(zip(theirs, ours, strict=True))
+        if self._blocks.keys().isdisjoint(fresh):
+            self._blocks.update(fresh)
+        else:
+            for block in ours:
+                self._add_bit(block)
+        return 0
+
+    def remove(self, theirs: Iterable[EngineHash]) -> None:
+        """Let go of one copy each; names that are not known are not held."""
+        if self._copies or self._aliases:
+            self._remove_one_by_one(theirs)
+            return
+        bit, blocks, pop = self._bit, self._blocks, self._ours.pop
+        for name in theirs:
+            block = pop(name, None)
+            if block is not None:
+                mask = blocks.pop(block)
+                if mask != bit:
+                    blocks[block] = mask ^ bit
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        bit, blocks = self._bit, self._blocks
+        gone = set(self._ours.values()) if self._aliases else self._ours.values()
+        for block in gone:
+            mask = blocks.pop(block)
+            if mask != bit:
+                blocks[block] = mask ^ bit
+        self._ours = {}
+        self._copies = {}
+        self._aliases = {}
+
+    def contents(self) -> tuple[list[EngineHash], list[int], list[tuple[EngineHash, int]]]:
+        """Names, our hashes of them, and copies beyond the first: enough for `replace`."""
+        return list(self._ours), list(self._ours.values()), list(self._copies.items())
+
+    def replace(
+        self, theirs: Sequence[EngineHash], ours: Sequence[int], copies: Iterable[tuple[EngineHash, int]]
+    ) -> None:
+        """Hold exactly this."""
+        self.clear()
+        self.store(theirs, ours)
+        self._copies = {name: count for name, count in copies if name in self._ours and count > 0}
+
+    def _store_one_by_one(self, theirs: Sequence[EngineHash], ours: Sequence[int]) -> int:
+        contradictions = 0
+        for name, block in zip(theirs, ours, strict=True):
+            known = self._ours.get(name)
+            if known is None:
+                self._ours[name] = block
+                self._add_bit(block)
+            elif known == block:
+                self._copies[name] = self._copies.get(name, 0) + 1
+            else:
+                contradictions += 1
+        return contradictions
+
+    def _add_bit(self, block: int) -> None:
+        mask = self._blocks.get(block, 0)
+        if mask & self._bit:
+            self._aliases[block] = self._aliases.get(block, 0) + 1
+        else:
+            self._blocks[block] = mask | self._bit
+
+    def _remove_one_by_one(self, theirs: Iterable[EngineHash]) -> None:
+        for name in theirs:
+            if name in self._copies:
+                _decrement(self._copies, name)
+                continue
+            block = self._ours.pop(name, None)
+            if block is None:
+                continue
+            if block in self._aliases:
+                _decrement(self._aliases, block)
+                continue
+            mask = self._blocks.pop(block)
+            if mask != self._bit:
+                self._blocks[block] = mask ^ self._bit
+
+
+def _decrement(counts: dict[EngineHash, int] | dict[int, int], key: EngineHash) -> None:
+    counts[key] -= 1  # type: ignore[index]
+    if not counts[key]:  # type: ignore[index]
+        del counts[key]  # type: ignore[arg-type]
