@@ -122,6 +122,19 @@ class TransferConfig(_Frozen):
     backend: Literal["nixl"] = "nixl"
 
 
+class QueueConfig(_Frozen):
+    """Where requests wait while every rank is busy: in the ingress, which gives each to whichever is free first."""
+
+    order: Literal["fcfs", "shortest"] = "fcfs"
+    """Among those of one priority: who came first, or who has the fewest uncached prompt tokens."""
+    max_waiting: PositiveInt = 1024
+    """Per ingress replica; one more is refused with 429."""
+    busy_requests: PositiveInt = 256
+    """A rank with as many, running and waiting, is busy; so is one whose KV blocks do not hold one more."""
+    ageing_tokens_per_s: PositiveFloat = 1000.0
+    """Under `shortest`, a second of waiting counts as so many tokens fewer: nobody waits for ever."""
+
+
 class RouterConfig(_Frozen):
     policy: str = Field(default="blocks", min_length=1)
     """A policy's name (see dynamo_ray.routing.policies), or `module:attribute` of the user's own."""
@@ -131,6 +144,8 @@ class RouterConfig(_Frozen):
     """How much of a cached prompt block counts as already computed."""
     prefill_load_scale: NonNegativeFloat = 1.0
     """Weight of prompt blocks to compute against blocks being held."""
+    queue: QueueConfig | None = QueueConfig()
+    """null: nothing waits here; workers queue, and refuse what is over their limit."""
 
 
 class LimitsConfig(_Frozen):

@@ -1,0 +1,148 @@
+"""Requests that wait in this ingress for a rank to be free: the line of `queue.py` on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from dynamo_ray.config import QueueConfig
+from dynamo_ray.errors import NotReady, Overloaded, RequestError
+from dynamo_ray.request.queue import Line, Ticket
+
+T = TypeVar("T")
+
+RETRY_AFTER_S = 1.0
+"""Where nothing is known about how long it takes."""
+LOOK_AHEAD = 32
+"""How many that cannot go are passed over for those behind them that need other ranks; bounds what a wake costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Every rank that a request could use in some role is busy."""
+
+    ranks: int
+    """Those, as a mask: whoever stands behind it in the line leaves them alone."""
+
+
+Go = Callable[[int], T | Busy]
+"""Takes what it needs of the ranks outside a mask, at once or not at all.
+
+Raises:
+    NotReady: There are no such ranks at the moment.
+    RequestError: There will never be.
+"""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter(Generic[T]):
+    go: Go[T]
+    came: asyncio.Future[T]
+
+
+class WaitingRoom(Generic[T]):
+    """Lets requests go in order, each as soon as its `go` takes something.
+
+    `give_back` is called with what was taken for a request that has left in the same moment. Nothing here polls:
+    whoever frees a rank, or hears that one is free, calls `wake`.
+    """
+
+    def __init__(self, config: QueueConfig, give_back: Callable[[T], None]) -> None:
+        self._line: Line[_Waiter[T]] = Line(config)
+        self._give_back = give_back
+        self._woken = False
+        self.num_waited = 0
+        """Requests that had to wait, whatever became of them."""
+        self.num_refused = 0
+        """Those for whom there was no place, or too long a wait."""
+        self.waited_s = 0.0
+        """By all of them."""
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    async def enter(self, ticket: Ticket, go: Go[T], deadline_s: float, again: bool = False) -> T:
+        """What `go` takes, when it is this request's turn; leaving (cancelled, or failed) takes nothing.
+
+        Args:
+            deadline_s: on the loop's clock; one whose predicted wait goes beyond is refused at once.
+            again: it was let go before, and is never refused.
+
+        Raises:
+            Overloaded: The line is full, or the wait too long; says when to come again.
+            TimeoutError: The deadline has passed.
+            RequestError: What `go` raises; NotReady only while nobody waits.
+        """
+        if not self._line:
+            taken = go(0)
+            if not isinstance(taken, Busy):
+                return taken
+        loop = asyncio.get_running_loop()
+        if not again:
+            self._refuse_too_long(ticket, deadline_s - loop.time())
+        waiter = _Waiter(go, loop.create_future())
+        place = self._line.join(ticket, waiter, loop.time())
+        began_s = loop.time()
+        self.num_waited += 1
+        self.wake()  # it may stand before all others, or need other ranks than they do
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await waiter.came
+        except BaseException:
+            self._left(waiter)
+            raise
+        finally:
+            self._line.leave(place)
+            self.waited_s += loop.time() - began_s
+
+    def wake(self) -> None:
+        """Something may be free: look, as soon as the caller is done."""
+        if self._line and not self._woken:
+            self._woken = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self._woken = False
+        kept, stuck = 0, 0
+        for place, waiter in self._line:
+            if waiter.came.done():
+                continue
+            try:
+                taken = waiter.go(kept)
+            except NotReady:
+                stuck += 1  # its workers may come back
+            except RequestError as error:
+                self._line.leave(place)
+                waiter.came.set_exception(error)
+            else:
+                if isinstance(taken, Busy):
+                    kept |= taken.ranks
+                    stuck += 1
+                else:
+                    self._line.went(place, asyncio.get_running_loop().time())
+                    waiter.came.set_result(taken)
+            if stuck >= LOOK_AHEAD:
+                return
+
+    def _left(self, waiter: _Waiter[T]) -> None:
+        came = waiter.came
+        if came.done() and not came.cancelled() and came.exception() is None:
+            self._give_back(came.result())
+        self.wake()
+
+    def _refuse_too_long(self, ticket: Ticket, remaining_s: float) -> None:
+        wait_s = self._line.predicted_wait_s(ticket)
+        retry_after_s = max(RETRY_AFTER_S, wait_s or 0.0)
+        if self._line.full:
+            self.num_refused += 1
+            raise Overloaded(
+                f"every rank is busy, and {len(self._line)} requests wait already", retry_after_s=retry_after_s
+            )
+        if wait_s is not None and wait_s > remaining_s:
+            self.num_refused += 1
+            raise Overloaded(
+                f"every rank is busy, and the wait of about {wait_s:.1f} s goes beyond this request's deadline",
+                retry_after_s=retry_after_s,
+            )
