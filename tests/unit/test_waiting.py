@@ -1,0 +1,169 @@
+"""Requests that wait for a rank, in virtual time: in order, bounded, and never in anybody's way once they have left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dynamo_ray.config import QueueConfig
+from dynamo_ray.errors import InvalidRequest, NotReady, Overloaded
+from dynamo_ray.request.queue import Ticket
+from dynamo_ray.request.waiting import Busy, WaitingRoom
+from dynamo_ray.simulator import clock
+
+
+class Ranks:
+    """`free` has a bit a rank; a request takes the lowest that it may use."""
+
+    def __init__(self, free: int, **options: Any) -> None:
+        self.free = free
+        self.up = True
+        self.room: WaitingRoom[int] = WaitingRoom(QueueConfig(**options), self.release)
+
+    def wants(self, mask: int) -> Callable[[int], int | Busy]:
+        def go(kept: int) -> int | Busy:
+            if not self.up:
+                raise NotReady("no worker")
+            usable = self.free & mask & ~kept
+            if not usable:
+                return Busy(mask)
+            lowest = usable & -usable
+            self.free &= ~lowest
+            return lowest
+
+        return go
+
+    def release(self, rank: int) -> None:
+        self.free |= rank
+        self.room.wake()
+
+    def enter(
+        self, mask: int = 1, priority: int = 0, timeout_s: float = 60.0, again: bool = False
+    ) -> asyncio.Task[int]:
+        now_s = asyncio.get_running_loop().time()
+        entering = self.room.enter(Ticket(priority, 0, now_s), self.wants(mask), now_s + timeout_s, again)
+        return asyncio.create_task(entering)
+
+
+async def turn() -> None:
+    await asyncio.sleep(0.001)
+
+
+def test_who_waits_goes_in_order_as_soon_as_a_rank_is_free() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=1)
+        first = ranks.enter()
+        await turn()
+        assert first.result() == 1
+        low, high = ranks.enter(), ranks.enter(priority=1)
+        await turn()
+        assert len(ranks.room) == 2
+        ranks.release(1)
+        await turn()
+        assert high.done()
+        assert not low.done()
+        ranks.release(1)
+        await turn()
+        assert low.done()
+        assert ranks.room.num_waited == 2
+
+    clock.run(main())
+
+
+def test_one_behind_goes_first_only_with_ranks_that_those_before_it_do_not_wait_for() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0)
+        head, same, other = ranks.enter(0b001), ranks.enter(0b011), ranks.enter(0b100)
+        await turn()
+        ranks.release(0b100)
+        await turn()
+        assert other.done()
+        ranks.release(0b001)
+        await turn()
+        assert (head.done(), same.done()) == (True, False)
+        ranks.release(0b010)
+        await turn()
+        assert same.done()
+
+    clock.run(main())
+
+
+def test_who_leaves_frees_its_place_at_once_and_what_it_was_just_given() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0)
+        leaving, staying = ranks.enter(), ranks.enter()
+        await turn()
+        leaving.cancel()
+        await turn()
+        assert len(ranks.room) == 1
+        ranks.release(1)
+        await asyncio.sleep(0)  # given to it, and cancelled before it could run
+        staying.cancel()
+        await turn()
+        assert staying.cancelled()
+        assert ranks.free == 1
+        assert len(ranks.room) == 0
+
+    clock.run(main())
+
+
+def test_a_full_line_and_a_wait_beyond_the_deadline_are_refused_with_the_time_to_come_again() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0, max_waiting=2)
+        waiting = [ranks.enter(), ranks.enter()]
+        await asyncio.sleep(4.0)
+        with pytest.raises(Overloaded, match="2 requests wait already") as full:
+            await ranks.enter()
+        assert full.value.retry_after_s == 1.0, "nobody has gone yet"
+        ranks.release(1)
+        await turn()
+        with pytest.raises(Overloaded, match="beyond this request's deadline") as late:
+            await ranks.enter(timeout_s=7.0)
+        assert late.value.retry_after_s == pytest.approx(8.0, rel=0.01)
+        again = ranks.enter(timeout_s=7.0, again=True)
+        await turn()
+        assert not again.done(), "who was let go once is not refused"
+        assert ranks.room.num_refused == 2
+        for task in (again, waiting[1]):
+            task.cancel()
+
+    clock.run(main())
+
+
+def test_the_deadline_ends_the_wait() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0)
+        with pytest.raises(TimeoutError):
+            await ranks.enter(timeout_s=5.0)
+        assert asyncio.get_running_loop().time() == pytest.approx(5.0)
+        assert len(ranks.room) == 0
+
+    clock.run(main())
+
+
+def test_workers_that_are_gone_are_waited_for_and_other_errors_end_only_their_own_request() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0)
+        waiting = ranks.enter()
+
+        def refuse(kept: int) -> int | Busy:
+            if ranks.free:
+                raise InvalidRequest("no", "lora")
+            return Busy(1)
+
+        refused = asyncio.create_task(ranks.room.enter(Ticket(1, 0, 0.0), refuse, 60.0))
+        await turn()
+        ranks.up = False
+        ranks.room.wake()
+        await turn()
+        assert not waiting.done()
+        ranks.up = True
+        ranks.release(1)
+        await turn()
+        assert waiting.result() == 1
+        assert isinstance(refused.exception(), InvalidRequest)
+
+    clock.run(main())
