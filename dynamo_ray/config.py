@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from backends import BACKENDS
 from backends.engine import Role
@@ -18,6 +27,8 @@ LAUNCHERS: dict[str, tuple[Launcher, ...]] = {
     "trtllm": ("ray",),
 }
 """How each backend can start its ranks; the first, where a role does not say."""
+PREFILLS_ON_DECODE = ("simulated", "vllm")
+"""Backends whose decode workers also take a whole request."""
 
 
 class _Frozen(BaseModel):
@@ -135,6 +146,11 @@ class QueueConfig(_Frozen):
     """Under `shortest`, a second of waiting counts as so many tokens fewer: nobody waits for ever."""
 
 
+class PrefillOnDecodeConfig(_Frozen):
+    max_uncached_tokens: NonNegativeInt
+    """A prompt of which the chosen decode rank has to compute no more than this never goes to a prefill worker."""
+
+
 class RouterConfig(_Frozen):
     policy: str = Field(default="blocks", min_length=1)
     """A policy's name (see dynamo_ray.routing.policies), or `module:attribute` of the user's own."""
@@ -146,6 +162,8 @@ class RouterConfig(_Frozen):
     """Weight of prompt blocks to compute against blocks being held."""
     queue: QueueConfig | None = QueueConfig()
     """null: nothing waits here; workers queue, and refuse what is over their limit."""
+    prefill_on_decode: PrefillOnDecodeConfig | None = None
+    """Given: some prompts are computed by the decode worker itself, and nothing of them is handed over."""
 
 
 class LimitsConfig(_Frozen):
@@ -196,6 +214,19 @@ class DeploymentConfig(_Frozen):
                 f"`{missing}` is missing beside the other role"
                 if missing
                 else "no workers: give `aggregated`, or `prefill` and `decode`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_prefill_on_decode(self) -> DeploymentConfig:
+        if self.router.prefill_on_decode is None:
+            return self
+        if self.aggregated is not None:
+            raise ValueError("router.prefill_on_decode: an `aggregated` worker computes every prompt; leave it out")
+        if self.backend not in PREFILLS_ON_DECODE:
+            raise ValueError(
+                f"router.prefill_on_decode: a decode worker of {self.backend} computes no prompt, it only takes what "
+                f"prefill has computed; leave it out, or use {' or '.join(PREFILLS_ON_DECODE)}"
             )
         return self
 

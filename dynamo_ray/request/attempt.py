@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from backends.engine import GenerateRequest, KVHandoff, Role, Sampling, TokenChunk
+from backends.engine import EngineInfo, Feature, GenerateRequest, KVHandoff, Role, Sampling, TokenChunk
 from dynamo_ray.errors import DeadlineExceeded, InternalError, InvalidRequest, RequestError, WorkerLost
 from dynamo_ray.request.connection import LegFailed
 from dynamo_ray.request.generation import Generation
@@ -21,6 +21,8 @@ class Attempt:
     request: Generation
     deadline_s: float
     """On the loop's clock."""
+    arrived_s: float = 0.0
+    """On the same clock: in a queue, a later try stands where the first one would."""
     number: int = 0
     num_losses: int = 0
     """Tries that a worker lost; those that found no room do not count."""
@@ -37,7 +39,7 @@ class Attempt:
         if not self.token_ids:
             self.token_ids = self.request.token_ids
 
-    def leg(self, role: Role, dp_rank: int, handoff: KVHandoff | None) -> GenerateRequest:
+    def leg(self, role: Role, dp_rank: int, handoff: KVHandoff | None, engine: EngineInfo) -> GenerateRequest:
         return GenerateRequest(
             request_id=f"{self.request.request_id}.{self.number}",
             token_ids=self.token_ids,
@@ -47,7 +49,8 @@ class Attempt:
             handoff=handoff,
             cache_salt=self.request.cache_salt,
             lora=self.request.lora,
-            priority=self.request.priority,
+            # An engine that orders nothing by it would refuse it; the ingress's queue has honoured it.
+            priority=self.request.priority if Feature.PRIORITY in engine.features else 0,
         )
 
     def deliver(self, chunk: TokenChunk) -> TokenChunk | None:

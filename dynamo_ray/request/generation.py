@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from backends.engine import Sampling
+from dynamo_ray.routing.chooser import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,5 +20,9 @@ class Generation:
     lora: str | None = None
     """The adapter's name; None: the model itself."""
     priority: int = 0
+    session: str | None = None
+    """The conversation it belongs to, where the client names one."""
+    told: Callable[[Choice], None] | None = None
+    """Called with the ranks of every try, before it begins."""
     deadline_s: float | None = None
     """On the loop's clock; None: the deployment's limit from its beginning on."""

@@ -26,11 +26,13 @@ async def serve(request: Generation, router: Router, timeout_s: float, max_retri
     Raises:
         RequestError: See the table in `dynamo_ray.errors`.
     """
-    latest_s = asyncio.get_running_loop().time() + timeout_s
-    attempt = Attempt(request, latest_s if request.deadline_s is None else min(latest_s, request.deadline_s))
+    now_s = asyncio.get_running_loop().time()
+    latest_s = now_s + timeout_s
+    deadline_s = latest_s if request.deadline_s is None else min(latest_s, request.deadline_s)
+    attempt = Attempt(request, deadline_s, now_s)
     while True:
         try:
-            with router.place(attempt) as placement:
+            async with router.place(attempt) as placement:
                 async with (
                     prefill(placement, attempt) as transfer,
                     aclosing(decode(placement, attempt, transfer)) as chunks,

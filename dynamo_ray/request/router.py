@@ -1,36 +1,37 @@
-"""Chooses the workers and ranks of a request, and keeps count of what it gave to whom."""
+"""Chooses the workers and ranks of a request, holds it while all are busy, and keeps count of what it gave to whom."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
-from backends.admission import lacking, wishes
 from backends.engine import RankLoad, Role
 from backends.kv_events import KVEventBatch
-from dynamo_ray.config import DeploymentConfig
-from dynamo_ray.errors import InvalidRequest, NotReady, Overloaded
+from dynamo_ray.config import DeploymentConfig, QueueConfig
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed, WorkerConnection
+from dynamo_ray.request.eligible import eligible
+from dynamo_ray.request.occupancy import Occupancy
+from dynamo_ray.request.queue import Ticket
+from dynamo_ray.request.waiting import Busy, WaitingRoom
 from dynamo_ray.request.wire import WorkerInfo, worker_of
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import chain_seed
-from dynamo_ray.routing.chooser import Booked, Chooser, WorkerFacts
+from dynamo_ray.routing.chooser import Booked, Choice, Chooser, Pick, WorkerFacts
 from dynamo_ray.routing.policy import Ask
 from dynamo_ray.routing.ranks import Holder
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A rank of a live worker, for one leg."""
+    """A rank of a live worker."""
 
     connection: WorkerConnection
     dp_rank: int
@@ -45,26 +46,36 @@ class Placement:
     """Where one attempt runs; booked until `Router.place` is left."""
 
     prefill: Target | None
+    """None: the decode worker computes the prompt itself."""
     decode: Target
-    _booked: Booked
+    booked: Booked
 
     def prefill_done(self) -> None:
         """The prefill rank is free of this prompt, though its KV may still wait there."""
-        self._booked.prefill_done(_now_s())
+        self.booked.prefill_done(_now_s())
 
     def first_token(self) -> None:
         """Nothing of the prompt is left to compute."""
-        self._booked.first_token(_now_s())
+        self.booked.first_token(_now_s())
+
+    def free(self, generated_tokens: int = 0) -> None:
+        self.booked.free(_now_s(), generated_tokens)
 
 
 class Router:
-    """Decides in process, on the index and load of this ingress; see `dynamo_ray.routing` for how."""
+    """Decides in process, on the index and load of this ingress; see `dynamo_ray.routing.chooser` for how."""
 
     def __init__(self, config: DeploymentConfig, workers: Workers) -> None:
         self._config = config
         self._workers = workers
+        self._held = config.router.queue is not None
+        queue = config.router.queue or QueueConfig()
         self.chooser = Chooser(config.model.name, config.router)
         self.index, self.table = self.chooser.index, self.chooser.table
+        self.room: WaitingRoom[Placement] = WaitingRoom(queue, Placement.free)
+        self._occupancy = Occupancy(
+            self.chooser.ranks, self.table, queue.busy_requests, config.limits.max_queued_requests
+        )
         self.num_retries = 0
 
     @property
@@ -73,21 +84,25 @@ class Router:
         return self.chooser.num_legs
 
     def up(self, info: WorkerInfo) -> None:
-        told = self._config.events != "none" and bool(info.engine.kv_event_sources)
-        self.chooser.up(_facts(info, told))
-        if info.engine.caches_prefixes and not told and self.chooser.policy.reads_overlap:
+        facts = self._facts(info)
+        self.chooser.up(facts)
+        self._occupancy.up(facts)
+        if facts.caches_prefixes and not facts.tells_events and self.chooser.policy.reads_overlap:
             log.warning(
                 "%s publishes no KV events: what it caches is guessed from what was sent there in the last %g s",
                 info.worker,
                 self.chooser.guesses.ttl_s,
             )
+        self.room.wake()
 
     def down(self, info: WorkerInfo) -> None:
         self.chooser.down(info.worker, info.epoch)
+        self.room.wake()
 
     def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
         for load in loads:
             self.chooser.heard(Holder(info.worker, info.epoch, load.dp_rank), load)
+        self.room.wake()
 
     def flushed(self, info: WorkerInfo) -> None:
         """A command has emptied its caches: nothing that was sent there before is found there again."""
@@ -103,95 +118,102 @@ class Router:
         self.num_retries += 1
         log.warning("a request moves to other workers: %s", failure)
 
-    @contextmanager
-    def place(self, attempt: Attempt) -> Iterator[Placement]:
-        """Choose and book; leaving frees the bookings.
+    @asynccontextmanager
+    async def place(self, attempt: Attempt) -> AsyncIterator[Placement]:
+        """Choose and book, as soon as there are ranks that are not busy; leaving frees the bookings.
 
         Raises:
             NotReady: A role has no live worker.
             InvalidRequest: None of a role's has what is asked for.
-            Overloaded: Every worker of a role refused this request for lack of room.
+            Overloaded: Every worker of a role refused this request for lack of room, or too many wait already.
+            DeadlineExceeded: It waited until then.
         """
-        aggregated = self._config.aggregated is not None
-        prefill = {} if aggregated else self._eligible(Role.PREFILL, attempt)
-        decode = self._eligible(Role.AGGREGATED if aggregated else Role.DECODE, attempt)
-        request = attempt.request
-        seed = chain_seed(self._config.model.name, request.lora, request.cache_salt)
-        ask = Ask(attempt.token_ids, seed, request.sampling.max_tokens, priority=request.priority)
-        now_s = _now_s()
-        choice = self.chooser.choose(ask, None if aggregated else self._mask(prefill), self._mask(decode), now_s)
-        booked = self.chooser.book(choice, now_s)
+        ask = self._ask(attempt)
+        go, ticket = partial(self._go, attempt, ask), partial(self._ticket, attempt, ask)
         try:
-            first = choice.prefill
-            yield Placement(
-                None if first is None else Target(prefill[first.holder.worker], first.holder.dp_rank),
-                Target(decode[choice.decode.holder.worker], choice.decode.holder.dp_rank),
-                booked,
-            )
+            placement = await self.room.enter(go, ticket, attempt.deadline_s, again=attempt.number > 0)
+        except TimeoutError:
+            raise attempt.deadline_error() from None
+        generated_tokens = 0
+        try:
+            if attempt.request.told is not None:
+                attempt.request.told(placement.booked.choice)
+            yield placement
+            generated_tokens = len(attempt.delivered)
         finally:
-            booked.free(_now_s())
+            placement.free(generated_tokens)
+            self.room.wake()
 
-    def _mask(self, connections: Iterable[str]) -> int:
+    def preview(self, attempt: Attempt) -> Choice:
+        """Where it would go now, were no rank busy; nothing is booked. Raises as `place` does."""
+        prefill, decode = self._candidates(attempt)
+        return self._choose(self._ask(attempt), prefill, decode)
+
+    def _go(self, attempt: Attempt, ask: Ask, kept: int) -> Placement | Busy:
+        prefill, decode = self._candidates(attempt)
+        busy = kept | self._occupancy.busy(len(ask.token_ids)) if self._held else kept
+        if busy:
+            stuck = prefill if prefill and not prefill & ~busy else 0
+            stuck |= decode if not decode & ~busy else 0
+            if stuck:
+                return Busy(stuck)
+            prefill, decode = prefill & ~busy, decode & ~busy
+        booked = self.chooser.book(self._choose(ask, prefill, decode), _now_s())
+        chosen = booked.choice
+        return Placement(
+            None if chosen.prefill is None else self._target(chosen.prefill), self._target(chosen.decode), booked
+        )
+
+    def _choose(self, ask: Ask, prefill: int, decode: int) -> Choice:
+        """Among those masks; prefill is 0 where workers do both."""
+        alone = self._config.router.prefill_on_decode
+        if prefill and alone is not None:
+            local = self.chooser.choose(ask, None, decode, _now_s())
+            if local.decode.uncached_tokens <= alone.max_uncached_tokens:
+                return local
+        return self.chooser.choose(ask, prefill or None, decode, _now_s())
+
+    def _candidates(self, attempt: Attempt) -> tuple[int, int]:
+        """Masks of the prefill ranks, 0 where workers do both, and of the others."""
+        if self._config.aggregated is not None:
+            return 0, self._mask(Role.AGGREGATED, attempt)
+        return self._mask(Role.PREFILL, attempt), self._mask(Role.DECODE, attempt)
+
+    def _mask(self, role: Role, attempt: Attempt) -> int:
+        # Where requests wait here, it is here that they are put in order.
+        priority = 0 if self._held else attempt.request.priority
         mask = 0
-        for worker in connections:
-            mask |= self.chooser.mask(worker)
+        for connection in eligible(self._workers, role, attempt, priority):
+            mask |= self.chooser.mask(connection.info.worker)
         return mask
 
-    def _eligible(self, role: Role, attempt: Attempt) -> dict[str, WorkerConnection]:
-        return {connection.info.worker: connection for connection in self._live(role, attempt)}
+    def _ask(self, attempt: Attempt) -> Ask:
+        request = attempt.request
+        seed = chain_seed(self._config.model.name, request.lora, request.cache_salt)
+        return Ask(attempt.token_ids, seed, request.sampling.max_tokens, request.session, request.priority)
 
-    def _live(self, role: Role, attempt: Attempt) -> list[WorkerConnection]:
-        """Live workers that can, without those that failed this request while there are others; never a full one.
+    def _ticket(self, attempt: Attempt, ask: Ask) -> Ticket:
+        choice = self._choose(ask, *self._candidates(attempt))
+        uncached_tokens = (choice.prefill or choice.decode).uncached_tokens
+        return Ticket(attempt.request.priority, uncached_tokens, attempt.arrived_s)
 
-        Nodes of one worker fail together, but each has room of its own.
-        """
-        live = _able(self._workers.of_role(role), attempt)
-        if not live:
-            paused = "".join(f"; {worker} {why}" for worker, why in self._workers.paused(role).items())
-            raise NotReady(f"no {role} worker is ready{paused}", retry_after_s=RETRY_AFTER_S)
-        failed = attempt.excluded
-        lost = {worker_of(endpoint) for endpoint, failure in failed.items() if not failure.overloaded}
-        fresh = [c for c in live if c.info.worker not in failed and worker_of(c.info.worker) not in lost]
-        if fresh:
-            return fresh
-        with_room = [c for c in live if c.info.worker not in failed or not failed[c.info.worker].overloaded]
-        if not with_room:
-            raise Overloaded(f"every {role} worker is full", retry_after_s=RETRY_AFTER_S)
-        return with_room
+    def _target(self, pick: Pick) -> Target:
+        return Target(self._workers.connection(pick.holder.worker), pick.holder.dp_rank)
 
-
-def _able(connections: list[WorkerConnection], attempt: Attempt) -> list[WorkerConnection]:
-    """Those whose engine has what the request asks for.
-
-    Raises:
-        InvalidRequest: There are some, and none of them has; says why, and names the field.
-    """
-    request = attempt.request
-    asked = wishes(request.sampling, request.cache_salt, request.priority, request.lora)
-    if asked is None:
-        return connections
-    refusals = [lacking(connection.info.engine, asked) for connection in connections]
-    able = [connection for connection, refusal in zip(connections, refusals, strict=True) if refusal is None]
-    if refusals and not able:
-        assert refusals[0] is not None
-        raise InvalidRequest(refusals[0].message, refusals[0].field)
-    return able
-
-
-def _facts(info: WorkerInfo, tells_events: bool) -> WorkerFacts:
-    engine = info.engine
-    return WorkerFacts(
-        info.worker,
-        info.epoch,
-        engine.role,
-        engine.attn_dp_size,
-        engine.block_size,
-        engine.kv_total_blocks,
-        worker_of(info.worker),
-        engine.handoff,
-        engine.caches_prefixes,
-        tells_events,
-    )
+    def _facts(self, info: WorkerInfo) -> WorkerFacts:
+        engine = info.engine
+        return WorkerFacts(
+            name=info.worker,
+            epoch=info.epoch,
+            role=info.role,
+            attn_dp_size=engine.attn_dp_size,
+            block_size=engine.block_size,
+            kv_total_blocks=engine.kv_total_blocks,
+            lockstep_group=worker_of(info.worker),
+            handoff=engine.handoff,
+            caches_prefixes=engine.caches_prefixes,
+            tells_events=self._config.events != "none" and bool(engine.kv_event_sources),
+        )
 
 
 def _now_s() -> float:

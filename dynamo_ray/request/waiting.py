@@ -63,10 +63,11 @@ class WaitingRoom(Generic[T]):
     def __len__(self) -> int:
         return len(self._line)
 
-    async def enter(self, ticket: Ticket, go: Go[T], deadline_s: float, again: bool = False) -> T:
+    async def enter(self, go: Go[T], ticket: Callable[[], Ticket], deadline_s: float, again: bool = False) -> T:
         """What `go` takes, when it is this request's turn; leaving (cancelled, or failed) takes nothing.
 
         Args:
+            ticket: what its place depends on; asked for only if it has to wait.
             deadline_s: on the loop's clock; one whose predicted wait goes beyond is refused at once.
             again: it was let go before, and is never refused.
 
@@ -80,11 +81,12 @@ class WaitingRoom(Generic[T]):
             if not isinstance(taken, Busy):
                 return taken
         loop = asyncio.get_running_loop()
-        if not again:
-            self._refuse_too_long(ticket, deadline_s - loop.time())
-        waiter = _Waiter(go, loop.create_future())
-        place = self._line.join(ticket, waiter, loop.time())
         began_s = loop.time()
+        at = ticket()
+        if not again:
+            self._refuse_too_long(at, deadline_s - began_s)
+        waiter = _Waiter(go, loop.create_future())
+        place = self._line.join(at, waiter, began_s)
         self.num_waited += 1
         self.wake()  # it may stand before all others, or need other ranks than they do
         try:

@@ -48,6 +48,10 @@ class Workers:
         """Those that would, but for a command, and what it made of them."""
         return {c.info.worker: c.paused for c in self._serving(role) if c.paused is not None}
 
+    def connection(self, worker: str) -> WorkerConnection:
+        """Raises KeyError for a worker that is not connected."""
+        return self._live[worker]
+
     def _serving(self, role: Role) -> list[WorkerConnection]:
         return [
             connection

@@ -44,7 +44,7 @@ class Ranks:
         self, mask: int = 1, priority: int = 0, timeout_s: float = 60.0, again: bool = False
     ) -> asyncio.Task[int]:
         now_s = asyncio.get_running_loop().time()
-        entering = self.room.enter(Ticket(priority, 0, now_s), self.wants(mask), now_s + timeout_s, again)
+        entering = self.room.enter(self.wants(mask), lambda: Ticket(priority, 0, now_s), now_s + timeout_s, again)
         return asyncio.create_task(entering)
 
 
@@ -154,7 +154,7 @@ def test_workers_that_are_gone_are_waited_for_and_other_errors_end_only_their_ow
                 raise InvalidRequest("no", "lora")
             return Busy(1)
 
-        refused = asyncio.create_task(ranks.room.enter(Ticket(1, 0, 0.0), refuse, 60.0))
+        refused = asyncio.create_task(ranks.room.enter(refuse, lambda: Ticket(1, 0, 0.0), 60.0))
         await turn()
         ranks.up = False
         ranks.room.wake()
