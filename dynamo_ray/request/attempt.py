@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
 
-from backends.engine import EngineInfo, Feature, GenerateRequest, KVHandoff, Role, Sampling, TokenChunk
+from backends.engine import Feature, GenerateRequest, KVHandoff, Role, Sampling, TokenChunk
 from dynamo_ray.errors import DeadlineExceeded, InternalError, InvalidRequest, RequestError, WorkerLost
 from dynamo_ray.request.connection import LegFailed
 from dynamo_ray.request.generation import Generation
@@ -39,7 +39,10 @@ class Attempt:
         if not self.token_ids:
             self.token_ids = self.request.token_ids
 
-    def leg(self, role: Role, dp_rank: int, handoff: KVHandoff | None, engine: EngineInfo) -> GenerateRequest:
+    def leg(
+        self, role: Role, dp_rank: int, handoff: KVHandoff | None, features: Collection[Feature]
+    ) -> GenerateRequest:
+        """What an engine with those features is asked."""
         return GenerateRequest(
             request_id=f"{self.request.request_id}.{self.number}",
             token_ids=self.token_ids,
@@ -49,8 +52,8 @@ class Attempt:
             handoff=handoff,
             cache_salt=self.request.cache_salt,
             lora=self.request.lora,
-            # An engine that orders nothing by it would refuse it; the ingress's queue has honoured it.
-            priority=self.request.priority if Feature.PRIORITY in engine.features else 0,
+            # One that orders nothing by it would refuse it; the ingress's own queue has honoured it.
+            priority=self.request.priority if Feature.PRIORITY in features else 0,
         )
 
     def deliver(self, chunk: TokenChunk) -> TokenChunk | None:

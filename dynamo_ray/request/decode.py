@@ -19,7 +19,7 @@ async def decode(placement: Placement, attempt: Attempt, transfer: Transfer | No
     """
     target = placement.decode
     role, handoff = (Role.AGGREGATED, None) if transfer is None else (Role.DECODE, transfer.handoff)
-    leg = target.connection.submit(attempt.leg(role, target.dp_rank, handoff, target.connection.info.engine))
+    leg = target.connection.submit(attempt.leg(role, target.dp_rank, handoff, target.features))
     leg.fail_at(attempt.deadline_s, attempt.deadline_error())
     if transfer is not None:
         transfer.leg.feeds(leg)

@@ -10,12 +10,14 @@ from backends.engine import EngineInfo, RankLoad, Role, TokenChunk
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import NotReady
 from dynamo_ray.events.zmq import KVEventSubscriber
+from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.membership import Membership, Phase
 from dynamo_ray.request.pipeline import serve
 from dynamo_ray.request.router import Router
 from dynamo_ray.request.wire import WorkerInfo
 from dynamo_ray.request.workers import Workers
+from dynamo_ray.routing.chooser import Choice
 from dynamo_ray.telemetry import Reading
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,14 @@ class Dispatch:
     def generate(self, request: Generation) -> AsyncGenerator[TokenChunk]:
         limits = self.config.limits
         return serve(request, self.router, limits.request_timeout_s, limits.max_retries)
+
+    def preview(self, request: Generation) -> Choice:
+        """Where it would go now; nothing is booked or sent.
+
+        Raises:
+            RequestError: It would go nowhere.
+        """
+        return self.router.preview(Attempt(request, float("inf")))
 
     def readings(self) -> Iterator[Reading]:
         """What this process knows of the workers and of its own index, for /metrics."""

@@ -32,18 +32,18 @@ async def serve(request: Generation, router: Router, timeout_s: float, max_retri
     attempt = Attempt(request, deadline_s, now_s)
     while True:
         try:
-            async with router.place(attempt) as placement:
-                async with (
-                    prefill(placement, attempt) as transfer,
-                    aclosing(decode(placement, attempt, transfer)) as chunks,
-                ):
-                    async for chunk in chunks:
-                        if transfer is not None and chunk.cached_tokens is not None:
-                            # What prefill did not compute is what the client was spared.
-                            chunk = msgspec.structs.replace(chunk, cached_tokens=transfer.cached_tokens)
-                        fresh = attempt.deliver(chunk)
-                        if fresh is not None:
-                            yield fresh
+            async with (
+                router.place(attempt) as placement,
+                prefill(placement, attempt) as transfer,
+                aclosing(decode(placement, attempt, transfer)) as chunks,
+            ):
+                async for chunk in chunks:
+                    if transfer is not None and chunk.cached_tokens is not None:
+                        # What prefill did not compute is what the client was spared.
+                        chunk = msgspec.structs.replace(chunk, cached_tokens=transfer.cached_tokens)
+                    fresh = attempt.deliver(chunk)
+                    if fresh is not None:
+                        yield fresh
             return
         except LegFailed as failure:
             attempt = attempt.after(failure, max_retries)

@@ -54,6 +54,6 @@ def _start_beside_decode(target: Target, attempt: Attempt) -> Transfer:
 
 
 def _submit(target: Target, attempt: Attempt, handoff: KVHandoff | None) -> TokenStream:
-    leg = target.connection.submit(attempt.leg(Role.PREFILL, target.dp_rank, handoff, target.connection.info.engine))
+    leg = target.connection.submit(attempt.leg(Role.PREFILL, target.dp_rank, handoff, target.features))
     leg.fail_at(attempt.deadline_s, attempt.deadline_error())
     return leg

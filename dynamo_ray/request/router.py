@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from backends.engine import RankLoad, Role
+from backends.engine import Feature, RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import DeploymentConfig, QueueConfig
 from dynamo_ray.request.attempt import Attempt
@@ -39,6 +39,10 @@ class Target:
     @property
     def worker(self) -> str:
         return self.connection.info.worker
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        return self.connection.info.engine.features
 
 
 @dataclass(frozen=True, slots=True)

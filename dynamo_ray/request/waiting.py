@@ -85,7 +85,7 @@ class WaitingRoom(Generic[T]):
         at = ticket()
         if not again:
             self._refuse_too_long(at, deadline_s - began_s)
-        waiter = _Waiter(go, loop.create_future())
+        waiter: _Waiter[T] = _Waiter(go, loop.create_future())
         place = self._line.join(at, waiter, began_s)
         self.num_waited += 1
         self.wake()  # it may stand before all others, or need other ranks than they do

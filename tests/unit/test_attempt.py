@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from backends.engine import Role, Sampling, Structure, TokenChunk
+from backends.engine import Feature, Role, Sampling, Structure, TokenChunk
 from dynamo_ray.errors import InternalError, InvalidRequest, RequestError, WorkerLost
 from dynamo_ray.request.attempt import Attempt, resumption
 from dynamo_ray.request.connection import LegFailed
@@ -45,7 +45,7 @@ def test_an_answer_goes_on_only_where_the_same_tokens_follow(sampling: dict[str,
 
 def test_a_structured_answer_is_begun_again_and_what_was_delivered_is_skipped() -> None:
     retried = attempt(4, temperature=0.0, structure=JSON).after(LOST, max_retries=3)
-    leg = retried.leg(Role.DECODE, 0, None)
+    leg = retried.leg(Role.DECODE, 0, None, (Feature.PRIORITY,))
     assert leg.token_ids == [1, 2, 3], "delivered tokens as prompt would have the engine begin another object"
     assert (leg.sampling.max_tokens, leg.sampling.structure) == (10, JSON)
     fresh = retried.deliver(TokenChunk("r.1", [0, 1, 2, 3, 4, 5]))
@@ -60,7 +60,7 @@ def test_a_structured_answer_that_would_come_out_otherwise_is_not_begun_again() 
 
 def test_a_structured_answer_of_which_nothing_is_delivered_moves_to_another_worker() -> None:
     retried = attempt(structure=JSON).after(LOST, max_retries=3)
-    assert retried.leg(Role.DECODE, 0, None).token_ids == [1, 2, 3]
+    assert retried.leg(Role.DECODE, 0, None, (Feature.PRIORITY,)).token_ids == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -83,5 +83,6 @@ def test_a_refusal_that_names_no_field_is_about_the_structure_where_there_is_one
 
 def test_salt_adapter_and_priority_stay_with_the_request() -> None:
     for made in (attempt(), attempt(4).after(LOST, max_retries=3)):
-        leg = made.leg(Role.DECODE, 0, None)
+        leg = made.leg(Role.DECODE, 0, None, (Feature.PRIORITY,))
         assert (leg.cache_salt, leg.lora, leg.priority) == ("salt", "sql", 4)
+        assert made.leg(Role.DECODE, 0, None, ()).priority == 0, "no engine gets one that it would refuse"

@@ -125,6 +125,21 @@ def test_ranks_start_as_ray_actors_only_where_the_engine_can(backend: str, said:
             DeploymentConfig.model_validate(given)
 
 
+def test_prompts_are_computed_on_decode_workers_only_where_the_engine_can() -> None:
+    router = {"prefill_on_decode": {"max_uncached_tokens": 256}}
+    given = {"model": {"name": "m", "path": "/m"}, "router": router}
+    split: dict[str, object] = {"prefill": {}, "decode": {}}
+    for backend in ("simulated", "vllm"):
+        DeploymentConfig.model_validate({**given, **split, "backend": backend})
+    for backend in ("sglang", "trtllm"):
+        with pytest.raises(ValidationError, match=r"router\.prefill_on_decode: .* computes no prompt"):
+            DeploymentConfig.model_validate({**given, **split, "backend": backend})
+    with pytest.raises(
+        ValidationError, match=r"router\.prefill_on_decode: an `aggregated` worker computes every prompt"
+    ):
+        DeploymentConfig.model_validate({**given, "aggregated": {}, "backend": "vllm"})
+
+
 def test_tensorrt_llm_s_ray_actors_need_a_cpu_each() -> None:
     role = {"parallelism": {"attn_dp": 8, "moe_ep": 8}, "nodes": 2, "resources": {"cpus": 3}}
     given = {"model": {"name": "m", "path": "/m"}, "aggregated": role}

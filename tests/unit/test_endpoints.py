@@ -44,6 +44,9 @@ class Connected(Workers):
         ]
         return made if role is Role.AGGREGATED else []
 
+    def connection(self, worker: str) -> WorkerConnection:
+        return next(made for made in self.of_role(Role.AGGREGATED) if made.info.worker == worker)
+
 
 def targets(*failures: LegFailed) -> set[tuple[str, int]]:
     """Where eight requests in turn go after those failures."""
@@ -58,7 +61,7 @@ def targets(*failures: LegFailed) -> set[tuple[str, int]]:
             attempt = Attempt(Generation("r", [1, 2, 3], Sampling(4)), 60.0)
             for failure in failures:
                 attempt = attempt.after(failure, max_retries=9)
-            with router.place(attempt) as placed:
+            async with router.place(attempt) as placed:
                 chosen.add((placed.decode.worker, placed.decode.dp_rank))
         return chosen
 

@@ -1,0 +1,232 @@
+"""Which requests are held while all ranks are busy, which skip prefill, and that whatever ends one frees everything."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+import pytest
+from data_path import PROMPT, Cluster, cluster, collect, generation
+
+from backends.engine import Role, Sampling
+from dynamo_ray.errors import DeadlineExceeded, Overloaded, RequestError
+from dynamo_ray.request.generation import Generation
+from dynamo_ray.routing.chooser import Choice
+from dynamo_ray.simulator import clock
+
+
+def held(**options: Any) -> dict[str, Any]:
+    return {"queue": {"busy_requests": 1, **options}}
+
+
+def asked(request_id: str, priority: int = 0, deadline_s: float | None = None, size: int = 100) -> Generation:
+    sampling = Sampling(max_tokens=20, temperature=0.0)
+    return Generation(request_id, list(range(size)), sampling, priority=priority, deadline_s=deadline_s)
+
+
+def send(made: Cluster, request: Generation) -> asyncio.Task[list[int]]:
+    return asyncio.create_task(collect(made, request))
+
+
+def test_requests_wait_here_while_every_rank_is_busy_and_the_greatest_priority_goes_first() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=2, features=(), router=held()) as made:
+            order: list[str] = []
+            sent = {f"{n}": send(made, asked(f"{n}", priority=n)) for n in range(6)}
+            for name, task in sent.items():
+                task.add_done_callback(lambda _, name=name: order.append(name))
+            while not all(task.done() for task in sent.values()):
+                await asyncio.sleep(0.01)
+                assert all(node.server.num_requests <= 1 for node in made.nodes.values())
+            assert len({tuple(task.result()) for task in sent.values()}) == 1
+            assert order[2:] == ["5", "4", "3", "2"], "the first two found a free rank"
+            assert made.dispatch.router.room.num_waited == 4
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_without_a_queue_an_engine_without_priorities_refuses_one() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=1, features=(), router={"queue": None}) as made:
+            with pytest.raises(RequestError) as refused:
+                await collect(made, asked("r", priority=1))
+            assert refused.value.field == "priority"
+
+    clock.run(main())
+
+
+def test_the_shortest_uncached_prompt_goes_first_where_asked_for() -> None:
+    async def main() -> None:
+        router = held(order="shortest")
+        async with cluster(prefill=0, decode=1, router=router) as made:
+            busy = send(made, asked("busy", size=40))
+            await asyncio.sleep(0.01)
+            long, short = send(made, asked("long", size=400)), send(made, asked("short", size=20))
+            await asyncio.wait((long, short), return_when=asyncio.FIRST_COMPLETED)
+            assert busy.done()
+            assert (long.done(), short.done()) == (False, True)
+            await long
+
+    clock.run(main())
+
+
+def test_a_full_queue_and_a_deadline_end_the_wait_with_their_own_errors() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=1, router=held(max_waiting=1), step_s=1.0) as made:
+            now_s = asyncio.get_running_loop().time()
+            running = send(made, asked("running"))
+            await asyncio.sleep(0.01)
+            waiting = send(made, asked("waiting", deadline_s=now_s + 3.0))
+            await asyncio.sleep(0.01)
+            with pytest.raises(Overloaded, match="1 requests wait already") as full:
+                await collect(made, asked("too many"))
+            assert full.value.retry_after_s is not None
+            with pytest.raises(DeadlineExceeded):
+                await waiting
+            assert asyncio.get_running_loop().time() == pytest.approx(now_s + 3.0)
+            await running
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_prompt_that_the_kv_cache_does_not_hold_now_waits_here() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=1, kv_blocks=10, max_model_len=160, step_s=0.2) as made:
+            running = send(made, asked("running", size=100))
+            await asyncio.sleep(1.1)  # a heartbeat says what it holds
+            waiting = send(made, asked("waiting", size=101))
+            await asyncio.sleep(0.01)
+            assert len(made.dispatch.router.room) == 1
+            assert made.nodes["decode-0"].server.num_requests == 1
+            assert len(await running) == len(await waiting) == 20
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_waiting_client_that_leaves_is_forgotten_and_a_worker_that_comes_back_takes_the_next() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=1, router=held(), step_s=1.0) as made:
+            running = send(made, asked("running"))
+            await asyncio.sleep(0.01)
+            leaving, staying = send(made, asked("leaving")), send(made, asked("staying"))
+            await asyncio.sleep(0.01)
+            leaving.cancel()
+            await asyncio.sleep(0.01)
+            assert len(made.dispatch.router.room) == 1
+            await made.nodes.pop("decode-0").kill()
+            await asyncio.sleep(1.0)
+            assert not staying.done(), "its worker may come back"
+            await made.start("decode-0", Role.AGGREGATED, epoch=2)
+            made.announce()
+            assert len(await staying) == 20
+            assert not isinstance(running.exception(), asyncio.CancelledError)
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("style", ["sequential", "concurrent"])
+def test_a_short_uncached_prompt_is_computed_by_the_decode_worker_to_the_same_tokens(style: str) -> None:
+    async def main() -> None:
+        async with cluster(prefill=0) as alone:
+            expected = [await collect(alone, asked("r", size=size)) for size in (50, 200)]
+        router = {"prefill_on_decode": {"max_uncached_tokens": 50}}
+        async with cluster(handoff=style, router=router) as made:
+            prefill, decode = made.nodes["prefill-0"].engine, made.nodes["decode-0"].engine
+            assert await collect(made, asked("short", size=50)) == expected[0]
+            assert (prefill.computed_tokens, decode.computed_tokens) == (0, 50)
+            assert await collect(made, asked("long", size=200)) == expected[1]
+            assert prefill.computed_tokens == 200
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_the_session_reaches_the_policy_and_the_choice_reaches_who_asked_for_it() -> None:
+    async def main() -> None:
+        async with cluster(prefill=1, decode=2) as made:
+            told: list[Choice] = []
+            request = Generation("r", PROMPT, Sampling(max_tokens=2), session="s", told=told.append)
+            async with aclosing(made.dispatch.generate(request)) as chunks:
+                async for _ in chunks:
+                    assert made.dispatch.router.table.num_bookings
+            (choice,) = told
+            assert choice.prefill is not None
+            assert choice.prefill.holder.worker == "prefill-0"
+            assert choice.decode.leg.ask.session == "s"
+
+    clock.run(main())
+
+
+class Walk:
+    """Anything that happens to requests and workers, in any order."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.epochs = 1
+
+    async def run(self, made: Cluster) -> None:
+        for step in range(24):
+            act = self.random.choice((self.ask, self.ask, self.ask, self.leave, self.die, self.rest))
+            await act(made, step)
+        for name in [name for name in ("prefill-0", "decode-0") if name not in made.nodes]:
+            await self.start(made, name)
+        made.announce()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await made.settle()
+
+    async def ask(self, made: Cluster, step: int) -> None:
+        sampling = Sampling(max_tokens=self.random.choice((1, 5, 30)), temperature=0.0)
+        now_s, limit_s = asyncio.get_running_loop().time(), self.random.choice((0.05, 1.0, 600.0))
+        prompt = list(range(self.random.choice((10, 100, 300))))
+        request = Generation(f"r{step}", prompt, sampling, deadline_s=now_s + limit_s, priority=step % 2)
+        self.tasks.append(send(made, request))
+
+    async def leave(self, made: Cluster, step: int) -> None:
+        if self.tasks:
+            self.random.choice(self.tasks).cancel()
+
+    async def die(self, made: Cluster, step: int) -> None:
+        name = self.random.choice(("prefill-0", "decode-0"))
+        if name in made.nodes:
+            await made.nodes.pop(name).kill()
+        else:
+            await self.start(made, name)
+        made.announce()
+
+    async def start(self, made: Cluster, name: str) -> None:
+        self.epochs += 1
+        await made.start(name, Role(name.partition("-")[0]), epoch=self.epochs, attn_dp=2)
+
+    async def rest(self, made: Cluster, step: int) -> None:
+        await asyncio.sleep(self.random.choice((0.001, 0.05, 0.5, 2.0)))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_is_left_booked_waiting_or_held_whatever_happens(seed: int) -> None:
+    async def main() -> None:
+        style = ("sequential", "concurrent")[seed % 2]
+        router = {"queue": {"busy_requests": 2, "max_waiting": 4}, "prefill_on_decode": {"max_uncached_tokens": 50}}
+        async with cluster(prefill=2, decode=2, handoff=style, attn_dp=2, router=router) as made:
+            await Walk(seed).run(made)
+
+    clock.run(main())
+
+
+def test_the_explanation_of_a_choice_books_nothing() -> None:
+    async def main() -> None:
+        async with cluster() as made:
+            before = msgspec.structs.asdict(made.nodes["prefill-0"].engine.load()[0])
+            choice = made.dispatch.preview(generation())
+            assert choice.decode.holder.worker == "decode-0"
+            assert made.dispatch.router.table.num_bookings == 0
+            assert msgspec.structs.asdict(made.nodes["prefill-0"].engine.load()[0]) == before
+
+    clock.run(main())
