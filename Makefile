@@ -14,7 +14,7 @@ SGLANG := backends/requirements-sglang-cpu.txt
 SGLANG_NODEPS := backends/requirements-sglang-cpu-nodeps.txt
 
 .DEFAULT_GOAL := help
-.PHONY: setup-sglang-cpu test-sglang-cpu help setup setup-core models run run-sim test check bench bench-placement clean
+.PHONY: setup-sglang-cpu test-sglang-cpu help setup setup-core models run run-sim test check bench bench-placement recipes clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,9 @@ check: models  ## Format, lint, types, layering, coverage of the fast tests
 bench: models  ## Measure what a token costs in the ingress, beside a Serve handle
 	$(BIN)/python tests/bench/bench_detokenise.py
 	$(BIN)/python tests/bench/bench_ingress.py --check
+
+recipes: $(VENV)/.core  ## Write the table of recipes into README.md
+	@$(BIN)/dynamo-ray recipes --into README.md
 
 bench-placement:  ## Time the planner, and hold its layouts against Ray's PACK and the optimum
 	@sh .ci/make-venv $(PYTHON) .venv-bench

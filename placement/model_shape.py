@@ -391,10 +391,24 @@ def _precision(raw: Mapping[str, Any]) -> Precision:
         return Precision.MXFP4
     if method in ("modelopt", "modelopt_fp4") and algorithm in _MODELOPT:
         return _MODELOPT[algorithm]
+    if method == "compressed-tensors":
+        return _compressed_tensors(raw)
     raise ValueError(
         f"quantization_config: quant_method={method!r}, quant_algo={algorithm!r} is not one of fp8, mxfp4, "
-        f"modelopt with {' or '.join(_MODELOPT)}; give the quantisation yourself"
+        f"compressed-tensors of 8-bit floats, modelopt with {' or '.join(_MODELOPT)}; give the quantisation yourself"
     )
+
+
+def _compressed_tensors(raw: Mapping[str, Any]) -> Precision:
+    groups = raw.get("config_groups")
+    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
+    if not weights or any((held.get("type"), held.get("num_bits")) != ("float", 8) for held in weights):
+        raise ValueError("quantization_config.config_groups: only weights that are all 8-bit floats are known")
+    block = [held.get("block_structure") for held in weights if held.get("strategy") == "block"]
+    if any(size != [SCALE_BLOCK, SCALE_BLOCK] for size in block):
+        raise ValueError(f"quantization_config.block_structure={block[0]} must be [{SCALE_BLOCK}, {SCALE_BLOCK}]")
+    # A scale for each output channel is under 0.1% of its weights.
+    return Precision.FP8 if block else Precision.FP8_TENSOR
 
 
 _MODELOPT = {"NVFP4": Precision.NVFP4, "FP8": Precision.FP8_TENSOR, "FP8_PB_WO": Precision.FP8}

@@ -94,6 +94,21 @@ def flags(
 
 
 @app.command()
+def recipes(
+    folder: Annotated[
+        Path | None, typer.Option(help="With a catalog.yaml; without it, this checkout's configs/.", show_default=False)
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a table for a README.")] = False,
+    into: Annotated[Path | None, typer.Option(help="Write that table there, between its two markers.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes: what each serves, on which cluster, and what its plan says; nothing is started."""
+    from dynamo_ray.cli import recipes as listing
+
+    listing.show(folder, as_json=as_json, markdown=markdown, into=into)
+
+
+@app.command()
 def up(
     file: File,
     address: Address = None,

@@ -456,6 +456,28 @@ def test_a_missing_or_impossible_field_is_named_beside_the_supported_types(
     assert "supported types: deepseek_v2, " in str(caught.value)
 
 
+FLOAT8 = {"type": "float", "num_bits": 8}
+
+
+def compressed(*weights: dict[str, Any]) -> dict[str, Any]:
+    groups = {f"group_{index}": {"targets": ["Linear"], "weights": held} for index, held in enumerate(weights)}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (compressed(), "all 8-bit floats"),
+        (compressed(FLOAT8, {"type": "int", "num_bits": 4}), "all 8-bit floats"),
+        (compressed(FLOAT8 | {"strategy": "block", "block_structure": [64, 64]}), r"\[64, 64\] must be \[128, 128\]"),
+        ({"quant_method": "awq"}, "compressed-tensors of 8-bit floats"),
+    ],
+)
+def test_weights_held_in_ways_we_do_not_know_are_refused(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config({**DEEPSEEK_R1, "quantization_config": raw})
+
+
 @pytest.mark.parametrize(
     ("raw", "quantisation"),
     [
@@ -475,6 +497,8 @@ def test_a_missing_or_impossible_field_is_named_beside_the_supported_types(
             {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["shared_experts", "mlp.gate"]},
             Quantisation(Precision.FP8_TENSOR, Precision.FP8_TENSOR, Precision.BF16, Precision.FP8_TENSOR),
         ),
+        (compressed(FLOAT8 | {"strategy": "channel"}), ALL_FP8_TENSOR),
+        (compressed(FLOAT8 | {"strategy": "block", "block_structure": [128, 128]}), ALL_FP8),
     ],
 )
 def test_quantization_config_gives_each_kind_of_matrix_its_precision(
