@@ -41,10 +41,13 @@ def changed(tmp_path: Path, prefix: str = "/", name: str = "local-sim", **change
     return str(path)
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_configuration_is_valid(config: Path) -> None:
-    done = run("validate", str(config))
+def test_a_shipped_configuration_is_valid_and_listed() -> None:
+    """One through the command; tests/unit/test_shipped_configs.py has all of them in one process."""
+    done = run("validate", "configs/deepseek-r1-wideep.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 prefill, 1 decode" in done.stdout
+    listed = run("recipes", "--json")
+    assert "deepseek-r1-wideep" in [entry["name"] for entry in json.loads(listed.stdout)], listed.stderr
 
 
 def test_a_plan_says_who_runs_where_whether_it_fits_and_draws_it(tmp_path: Path) -> None:
