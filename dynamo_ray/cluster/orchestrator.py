@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import msgspec
 from ray import serve
 
 from backends.engine import Command
@@ -36,14 +37,19 @@ from dynamo_ray.cluster.lifecycle import (
 )
 from dynamo_ray.cluster.memory import Memory
 from dynamo_ray.cluster.presence import ORCHESTRATOR, Presence, presence
+from dynamo_ray.cluster.replicas import Replicas
 from dynamo_ray.cluster.supervisor import Supervisor, Timings
 from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.events.bookings import Peer
 from dynamo_ray.request.membership import Membership, WorkerStatus
 
 log = logging.getLogger("ray.serve")
 
 WATCH_S = 10.0
 STOPPING_WATCH_S = 0.5
+REPLICA_LEASE_S = 3 * WATCH_S
+"""A living ingress replica asks again whenever it is answered."""
+REPLICA_CHECK_S = 5.0
 PRESENCE_POLL_S = 1.0
 HEALTH_PERIOD_S = 5.0
 GROUP_POLL_S = 2.0
@@ -93,6 +99,7 @@ class Orchestrator:
         self._supervisor = Supervisor(roles, epochs, timings, now_s=self._now_s())
         # Greater than any version that an earlier orchestrator of this application gave out.
         self._membership = Membership(int(time.time() * 1000), secret, (), self._supervisor.statuses())
+        self._replicas = Replicas(REPLICA_LEASE_S)
         for adopted in await self._fleet.adopt():
             self._apply(adopted)
             self._watch(adopted.worker, adopted.epoch)
@@ -100,9 +107,16 @@ class Orchestrator:
         self._spawn(self._repeat(PRESENCE_POLL_S, self._check_presence))
         self._spawn(self._repeat(HEALTH_PERIOD_S, self._check_health))
         self._spawn(self._repeat(GROUP_POLL_S, self._check_groups))
+        self._spawn(self._repeat(REPLICA_CHECK_S, self._check_replicas))
 
-    async def watch(self, version: int) -> Membership:
-        """The membership, as soon as its version is not `version`; the same one after 10 s."""
+    async def watch(self, version: int, peer: Peer | None = None) -> Membership:
+        """The membership, as soon as its version is not `version`; the same one after 10 s.
+
+        `peer` is the asking ingress replica, which the others learn of as long as it goes on asking.
+        """
+        if peer is not None and self._replicas.seen(peer, self._now_s()):
+            log.info("ingress replica %s is at %s", peer.replica, peer.bookings)
+            self._announce(peers=self._replicas.peers)
         try:
             async with asyncio.timeout(STOPPING_WATCH_S if self._supervisor.stopping else WATCH_S), self._changed:
                 await self._changed.wait_for(lambda: self._membership.version != version)
@@ -176,7 +190,11 @@ class Orchestrator:
         for old, new in zip(before.statuses, statuses, strict=True):
             if (old.phase, old.detail) != (new.phase, new.detail):
                 log.info("%s epoch %d is %s: %s", new.worker, new.epoch, new.phase, new.detail)
-        self._membership = Membership(before.version + 1, before.secret, self._supervisor.members(), statuses)
+        self._announce(workers=self._supervisor.members(), statuses=statuses)
+
+    def _announce(self, **changes: Any) -> None:
+        version = self._membership.version + 1
+        self._membership = msgspec.structs.replace(self._membership, version=version, **changes)
         self._spawn(self._notify())
 
     async def _notify(self) -> None:
@@ -230,6 +248,10 @@ class Orchestrator:
     async def _check_groups(self) -> None:
         for worker in await self._fleet.lost_groups():
             self._apply(GroupLost(worker, "a node of its placement group is lost"))
+
+    async def _check_replicas(self) -> None:
+        if self._replicas.expire(self._now_s()):
+            self._announce(peers=self._replicas.peers)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from backends.engine import EngineInfo, RankLoad, Role, TokenChunk
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import NotReady
+from dynamo_ray.events.bookings import Peer
+from dynamo_ray.events.peers import Peers
 from dynamo_ray.events.zmq import KVEventSubscriber
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.generation import Generation
@@ -29,10 +31,13 @@ class Dispatch:
     """The data path of one ingress process.
 
     `watch(version)` returns the membership as soon as it differs from `version`, or the same one after a while.
-    An orchestrator that does not answer changes nothing: the workers known last go on serving.
+    An orchestrator that does not answer changes nothing: the workers known last go on serving. Other ingress processes
+    find this one on `host` if `watch` tells the orchestrator of `peer`; None: it is alone.
     """
 
-    def __init__(self, config: DeploymentConfig, watch: Callable[[int], Awaitable[Membership]]) -> None:
+    def __init__(
+        self, config: DeploymentConfig, watch: Callable[[int], Awaitable[Membership]], host: str | None = None
+    ) -> None:
         self.config = config
         self.membership: Membership | None = None
         self._watch = watch
@@ -40,6 +45,7 @@ class Dispatch:
         self.workers = Workers(config.limits.heartbeat_timeout_s, self._up, self._down, self._heard, self._flushed)
         self.router = Router(config, self.workers)
         self.events = KVEventSubscriber(self.router.apply, self.router.uncertain)
+        self.peers = None if host is None else Peers(host, self.router.table, self.router.room.wake, lambda _: None)
 
     async def start(self) -> None:
         self._follower = asyncio.create_task(self._follow(), name="membership")
@@ -48,13 +54,22 @@ class Dispatch:
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
+        if self.peers is not None:
+            await self.peers.close()
         await self.workers.close()
         await self.events.close()
 
     def check_health(self) -> None:
-        """Raises RuntimeError when this replica can no longer learn who serves."""
+        """Raises RuntimeError when this replica can no longer learn who serves, or what the others do."""
         if self._follower is None or self._follower.done():
             raise RuntimeError("the membership follower has ended")
+        if self.peers is not None:
+            self.peers.check_health()
+
+    @property
+    def peer(self) -> Peer | None:
+        """This process, as other ingress processes find it; None before it listens."""
+        return None if self.peers is None else self.peers.me
 
     @property
     def max_model_len(self) -> int:
@@ -113,6 +128,8 @@ class Dispatch:
         )
         yield "dynamo_ray_kv_event_gaps_total", "Gaps seen in KV events", {}, self.events.num_gaps
         yield "dynamo_ray_retries_total", "Requests moved to other workers", {}, self.router.num_retries
+        if self.peers is not None:
+            yield from self.peers.readings()
 
     def _engines(self) -> list[EngineInfo]:
         engines = [c.info.engine for role in self.config.roles for c in self.workers.of_role(role)]
@@ -137,6 +154,8 @@ class Dispatch:
                 continue
             version = membership.version
             self.membership = membership
+            if self.peers is not None:
+                await self.peers.reconcile(membership.secret, membership.peers)
             self.workers.reconcile(membership)
 
     def _up(self, info: WorkerInfo) -> None:

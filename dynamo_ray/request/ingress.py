@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -31,10 +32,10 @@ class Ingress:
         self._config = DeploymentConfig.model_validate(config)
 
         async def watch(version: int) -> Membership:
-            membership: Membership = await orchestrator.watch.remote(version)
+            membership: Membership = await orchestrator.watch.remote(version, self._dispatch.peer)
             return membership
 
-        self._dispatch = Dispatch(self._config, watch)
+        self._dispatch = Dispatch(self._config, watch, ray.util.get_node_ip_address())
         await self._dispatch.start()
 
     async def __serve_build_asgi_app__(self) -> Front:

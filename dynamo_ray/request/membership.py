@@ -7,6 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from backends.engine import Role
+from dynamo_ray.events.bookings import Peer
 from dynamo_ray.request.wire import WorkerInfo
 
 
@@ -43,3 +44,5 @@ class Membership(msgspec.Struct, frozen=True):
     """Those that take requests."""
     statuses: tuple[WorkerStatus, ...]
     """All of them."""
+    peers: tuple[Peer, ...] = ()
+    """The ingress replicas, the asking one among them; a new orchestrator hears of them within a second or two."""

@@ -24,6 +24,7 @@ from dynamo_ray.cluster.fleet import Fleet
 from dynamo_ray.cluster.lifecycle import Died, Drained, Gone, Started
 from dynamo_ray.cluster.memory import Memory
 from dynamo_ray.cluster.presence import Presence, presence
+from dynamo_ray.events.bookings import Peer
 from dynamo_ray.request.membership import Phase
 from placement import reserve
 from placement.parallelism import Parallelism
@@ -38,6 +39,9 @@ def cluster() -> Iterator[Cluster]:
     """A head for Serve and two nodes of 4 CPUs each."""
     with fake_cluster([{"num_cpus": 4}] * 2) as made:
         yield made
+
+
+REPLICAS = tuple(Peer(name, f"tcp://127.0.0.1:{name}1", f"tcp://127.0.0.1:{name}2") for name in ("1", "2"))
 
 
 def pids() -> dict[str, list[int]]:
@@ -141,11 +145,15 @@ def test_a_restarted_orchestrator_adopts_the_same_processes(cluster: Cluster) ->
     with deployed(config(aggregated={"replicas": 2})) as it:
         first = it.ready(2)
         before = pids()
+        assert it.replicas(REPLICAS[0], first.version) == REPLICAS[:1]
+        assert it.replicas(REPLICAS[1], first.version) == REPLICAS
         kill_orchestrator()
         again = it.until(lambda seen: seen.version > first.version + 1000 and len(seen.workers) == 2, "adopted")
         assert {worker.epoch for worker in again.workers} == {1}
         assert again.secret == first.secret
         assert pids() == before
+        assert it.replicas(REPLICAS[1], first.version) == REPLICAS[1:]
+        assert it.replicas(REPLICAS[0], first.version) == REPLICAS
 
 
 def test_a_changed_role_is_replaced_and_an_unchanged_one_kept(cluster: Cluster) -> None:

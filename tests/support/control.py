@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from dynamo_ray.cluster import gang, orchestrator
 from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.events.bookings import Peer
 from dynamo_ray.request.membership import Membership
 from placement import reserve
 
@@ -82,6 +83,11 @@ class Deployed:
             if condition(membership):
                 return membership
         raise AssertionError(f"not within {TIMEOUT_S} s: {what}; last: {membership.statuses}")
+
+    def replicas(self, me: Peer, version: int) -> tuple[Peer, ...]:
+        """The ingress replicas that one is told of when it asks."""
+        seen: Membership = self.handle.watch.remote(version, me).result(timeout_s=20.0)
+        return seen.peers
 
     def ready(self, count: int) -> Membership:
         return self.until(lambda seen: len(seen.workers) == count, f"{count} workers serve")

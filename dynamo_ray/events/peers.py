@@ -1,0 +1,219 @@
+"""The ingress replicas' own event plane: who has booked what, and what a rank holds, over ZeroMQ under CurveZMQ."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+
+import zmq
+import zmq.asyncio
+
+from dynamo_ray.events import snapshots
+from dynamo_ray.events.bookings import FULL_EVERY_S, OwnBookings, Peer, PeerBookings
+from dynamo_ray.events.curve import SecureContext
+from dynamo_ray.events.snapshots import Answers, NoSnapshot, SnapshotOf
+from dynamo_ray.routing.kv_index import Snapshot
+from dynamo_ray.routing.load import LoadTable
+from dynamo_ray.routing.ranks import Holder
+from dynamo_ray.telemetry import Reading
+
+log = logging.getLogger(__name__)
+
+COALESCE_S = 0.010
+"""At most one statement in this time."""
+MAX_STATEMENT_BYTES = 8 * 1024 * 1024
+MAX_FETCHES = 4
+"""Ranks asked for at the same time."""
+
+
+class Peers:
+    """This replica among the others: says what it has booked, takes what they say, and gives and asks for snapshots.
+
+    Booking costs nothing here: every 10 ms a task looks at what changed in `table`. `changed` is called when others
+    have booked or freed. Nothing is bound before `reconcile` was told the deployment's secret.
+    """
+
+    def __init__(self, host: str, table: LoadTable, changed: Callable[[], None], snapshot_of: SnapshotOf) -> None:
+        self.replica = secrets.token_hex(8)
+        """Never used again: a replica that comes back in its place is another one."""
+        self.me: Peer | None = None
+        """What the others are to be told, once there is something."""
+        self.bookings = PeerBookings(self.replica, table.peer, table.forget)
+        self.answers = Answers(snapshot_of)
+        self.num_published = 0
+        self.num_snapshots = 0
+        """Taken from other replicas."""
+        self._host, self._table, self._changed = host, table, changed
+        self._own = OwnBookings(self.replica)
+        self._listed: dict[str, Peer] = {}
+        self._known: dict[str, Peer] = {}
+        self._full_s = 0.0
+        """When everything is to be said again."""
+        self._fetches = asyncio.Semaphore(MAX_FETCHES)
+        self._sockets: _Sockets | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def reconcile(self, secret: bytes, listed: Iterable[Peer]) -> None:
+        """Listen to the replicas that are listed; and to one that is not for as long as it is heard.
+
+        So an orchestrator that has just begun, and knows of nobody yet, takes no replica from another.
+        """
+        self._listed = {peer.replica: peer for peer in listed if peer.replica != self.replica}
+        if self._sockets is None:
+            await self._open(secret)
+        self._refresh()
+
+    async def resync(self, holder: Holder) -> Snapshot | None:
+        """What another replica knows for certain of a rank, from the first that does; None if none does.
+
+        Takes up to `ANSWER_S` a replica that does not answer.
+        """
+        heard = [peer for peer in self._known.values() if peer.replica in self.bookings]
+        others = [peer for peer in self._known.values() if peer.replica not in self.bookings]
+        for peer in (*_shuffled(heard), *_shuffled(others)):
+            if self._sockets is None:
+                break
+            try:
+                async with self._fetches:
+                    snapshot = await snapshots.fetch(self._sockets.context, peer.snapshots, holder)
+            except NoSnapshot as error:
+                log.info("ingress replica %s has no snapshot of %s: %s", peer.replica, holder, error)
+                continue
+            self.num_snapshots += 1
+            return snapshot
+        return None
+
+    def readings(self) -> Iterator[Reading]:
+        """What this replica knows of the others, for /metrics."""
+        heard, answers = self.bookings, self.answers
+        yield "dynamo_ray_peer_replicas", "Other ingress replicas whose bookings count", {}, len(heard)
+        for outcome, count in (
+            ("sent", self.num_published),
+            ("taken", heard.num_taken),
+            ("stale", heard.num_stale),
+            ("refused", heard.num_refused),
+        ):
+            labels = {"outcome": outcome}
+            yield "dynamo_ray_booking_statements_total", "What ingress replicas told of their bookings", labels, count
+        for outcome, count in (
+            ("taken", self.num_snapshots),
+            ("served", answers.num_served),
+            ("refused", answers.num_refused),
+        ):
+            labels = {"outcome": outcome}
+            yield "dynamo_ray_peer_snapshots_total", "What ranks hold, between ingress replicas", labels, count
+
+    def check_health(self) -> None:
+        """Raises RuntimeError when this replica has stopped speaking or listening, as it never should."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"the task {task.get_name()} has ended: {task}")
+
+    async def close(self) -> None:
+        """Say goodbye, so that the others need not wait for the lease to end."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        sockets, self._sockets, self.me = self._sockets, None, None
+        if sockets is not None:
+            await sockets.publish(self._own.full({}, leaving=True))
+            await sockets.context.close()
+
+    async def _open(self, secret: bytes) -> None:
+        context = SecureContext(secret)
+        try:
+            self._sockets = sockets = _Sockets(context, self._host)
+        except OSError as error:
+            log.error("this ingress replica cannot tell the others what it has booked: %s: %s", self._host, error)
+            await context.close()
+            return
+        self.me = Peer(self.replica, sockets.bookings, sockets.snapshots)
+        self._tasks = [
+            asyncio.create_task(self._publish(sockets), name="bookings-out"),
+            asyncio.create_task(self._welcome(sockets), name="bookings-newcomers"),
+            asyncio.create_task(self._hear(sockets), name="bookings-in"),
+            asyncio.create_task(snapshots.serve(sockets.router, self.answers), name="snapshots"),
+        ]
+
+    def _refresh(self) -> None:
+        """Connect to new replicas and let go of those that left."""
+        if self._sockets is None:
+            return
+        heard = {replica: peer for replica, peer in self._known.items() if replica in self.bookings}
+        self._known = {**heard, **self._listed}
+        self._sockets.listen({peer.bookings for peer in self._known.values()})
+
+    async def _publish(self, sockets: _Sockets) -> None:
+        """Everything once a second and to every newcomer, changes as soon as there are some."""
+        loop = asyncio.get_running_loop()
+        while True:
+            changed = self._table.take_changes()
+            if loop.time() >= self._full_s:
+                self._full_s = loop.time() + FULL_EVERY_S
+                await sockets.publish(self._own.full(self._table.ours()))
+                self.num_published += 1
+            elif changed:
+                await sockets.publish(self._own.changes(changed))
+                self.num_published += 1
+            await asyncio.sleep(COALESCE_S)
+
+    async def _welcome(self, sockets: _Sockets) -> None:
+        while True:
+            await sockets.newcomer()
+            self._full_s = 0.0
+
+    async def _hear(self, sockets: _Sockets) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with asyncio.timeout_at(self.bookings.expires_s):
+                    self.bookings.take(await sockets.sub.recv(), loop.time())
+            except TimeoutError:
+                # We may have been the one that was stopped: take what has arrived meanwhile before judging.
+                while await sockets.sub.poll(0):
+                    self.bookings.take(await sockets.sub.recv(), loop.time())
+                if self.bookings.expire(loop.time()):
+                    self._refresh()
+            self._changed()
+
+
+class _Sockets:
+    """The four of one replica; ends with its context."""
+
+    def __init__(self, context: SecureContext, host: str) -> None:
+        self.context = context
+        self.sub = context.client(zmq.SUB, MAX_STATEMENT_BYTES)
+        self.sub.subscribe(b"")
+        self._pub, self.bookings = context.server(zmq.XPUB, host, snapshots.MAX_ASK_BYTES)
+        self._pub.xpub_verbose = True
+        self.router, self.snapshots = context.server(zmq.ROUTER, host, snapshots.MAX_ASK_BYTES)
+        self._heard: set[str] = set()
+
+    def listen(self, endpoints: set[str]) -> None:
+        for endpoint in self._heard - endpoints:
+            self.sub.disconnect(endpoint)
+            self._heard.discard(endpoint)
+        for endpoint in endpoints - self._heard:
+            try:
+                self.sub.connect(endpoint)
+            except zmq.ZMQError as error:
+                log.error("cannot listen to the ingress replica at %s: %s", endpoint, error)
+            else:
+                self._heard.add(endpoint)
+
+    async def publish(self, statement: bytes) -> None:
+        """Never waits: for a replica that does not read, the newest is dropped, which its next full one mends."""
+        await self._pub.send(statement)
+
+    async def newcomer(self) -> None:
+        """Somebody has begun to listen."""
+        while not (await self._pub.recv()).startswith(b"\1"):
+            pass
+
+
+def _shuffled(peers: list[Peer]) -> list[Peer]:
+    return random.sample(peers, len(peers))
