@@ -18,7 +18,9 @@ def show(folder: Path | None, *, as_json: bool, markdown: bool, into: Path | Non
     Raises:
         ConfigError: The catalog or a recipe is wrong, does not fit its cluster, or the file cannot be written.
     """
-    found = recipes.read(recipes.FOLDER if folder is None else folder)
+    if folder is None and not recipes.FOLDER.is_dir():
+        raise ConfigError((Problem("--folder", "a wheel holds no recipes; give configs/ of a checkout"),))
+    found = recipes.read(folder or recipes.FOLDER)
     if into is not None:
         _write(into, recipes.markdown(found))
     elif markdown:

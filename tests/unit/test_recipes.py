@@ -26,6 +26,9 @@ every = pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
 on_gpus = pytest.mark.parametrize("recipe", [one for one in ALL if one.num_gpus], ids=lambda recipe: recipe.name)
 MAX_LENGTH = {"vllm": "max_model_len", "sglang": "context_length", "trtllm": "max_seq_len"}
 
+AT_ONCE = {"vllm": "max_num_seqs", "sglang": "max_running_requests", "trtllm": "max_batch_size"}
+"""SGLang's is of the whole worker, the others' of a rank; vLLM's nodes take requests of their own."""
+
 
 def scalars(value: Any, name: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, Mapping):
@@ -50,6 +53,20 @@ def test_a_typical_request_is_within_its_engines_limits(recipe: Recipe) -> None:
         assert length is None or length >= traffic.prompt_tokens + answer
         buffer = role.engine_args.get("cache_transceiver_config", {}).get("max_tokens_in_buffer")
         assert buffer is None or buffer >= traffic.prompt_tokens
+
+
+@on_gpus
+def test_the_ingress_lets_an_engine_run_as_many_requests_as_it_can(recipe: Recipe) -> None:
+    config = recipe.config
+    for name, role in config.roles.items():
+        at_once = role.engine_args.get(AT_ONCE[config.backend])
+        if at_once is None or name is Role.PREFILL:
+            continue
+        ranks, nodes = role.parallelism.attn_dp, role.nodes if config.backend == "vllm" else 1
+        a_rank = at_once / ranks if config.backend == "sglang" else at_once
+        assert config.router.queue is not None
+        assert config.router.queue.busy_requests >= a_rank
+        assert config.limits.max_queued_requests >= a_rank * ranks / nodes
 
 
 @every
