@@ -97,14 +97,14 @@ class BlockPool:
         self._private += needed
         return lease
 
-    def publish_full(self, lease: Lease, tokens: Sequence[int]) -> None:
-        """Make every block of the lease that `tokens` fills findable, but not what a flush came after."""
+    def publish_full(self, lease: Lease, tokens: Sequence[int], num_tokens: int | None = None) -> None:
+        """Make each full block of `tokens`, or of its first `num_tokens`, findable; not what a flush came after."""
         if lease.flushes != self._flushes:
             return
-        size = self.block_size
+        size, num_tokens = self.block_size, len(tokens) if num_tokens is None else num_tokens
         first = len(lease.shared)
         fresh: list[int] = []
-        for start in range(first * size, len(tokens) // size * size, size):
+        for start in range(first * size, num_tokens // size * size, size):
             parent = lease.shared[-1] if lease.shared else _ROOT
             block = engine_hash(parent, tokens[start : start + size], lease.family, self._flushes)
             lease.private -= 1

@@ -1,0 +1,315 @@
+"""A trace against a deployment that does not exist: the router's own code, modelled ranks, virtual time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
+from pathlib import Path
+
+from backends.engine import Role
+from backends.kv_events import KVEventBatch
+from backends.simulated_args import parse_args
+from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.errors import ConfigError, Problem
+from dynamo_ray.routing.block_hash import chain_seed
+from dynamo_ray.routing.chooser import Booked, Choice, Chooser, WorkerFacts
+from dynamo_ray.routing.policy import Ask
+from dynamo_ray.routing.ranks import Holder
+from dynamo_ray.simulator.group import Group
+from dynamo_ray.simulator.ideal import ideal_hit_tokens
+from dynamo_ray.simulator.rank import Leg, Rank, RankModel, What
+from dynamo_ray.simulator.report import Percentiles, Report, Slo
+from dynamo_ray.simulator.traces import TraceRequest, faster, read_trace
+
+EVENT_DELAY_S = 0.005
+"""From a block's being stored to the router's knowing."""
+LOAD_INTERVAL_S = 1.0
+"""Between two words of a rank about its load: the data plane's heartbeat."""
+_FIRST_ANSWER_TOKEN = 1 << 30
+"""Answers are told apart by the request's number; blocks of prompts have smaller ids."""
+
+
+def simulate(
+    config: DeploymentConfig,
+    trace: Path | str | Sequence[TraceRequest],
+    *,
+    policy: str | None = None,
+    rate: float = 1.0,
+    models: Mapping[Role, RankModel] | None = None,
+    slo: Slo | None = None,
+) -> Report:
+    """Replay a trace through the deployment's router; same inputs, same report but for `decision_cpu_s`.
+
+    Nothing is started. Every worker's DP ranks step in lockstep; what can never fit a rank is refused and counted.
+
+    Args:
+        trace: a file of Mooncake's format, or requests in order of arrival.
+        policy: in place of the configuration's.
+        rate: how much faster than recorded requests come.
+        models: how fast each role's ranks are; needed where the backend is not `simulated`.
+
+    Raises:
+        ConfigError: The trace or an argument is wrong; names it.
+    """
+    if rate <= 0:
+        raise ConfigError((Problem("rate", f"{rate:g} is not above 0"),))
+    requests = read_trace(Path(trace)) if isinstance(trace, str | Path) else trace
+    if policy is not None:
+        router = config.router.model_copy(update={"policy": policy})
+        config = config.model_copy(update={"router": router})
+    known = {role: rank_model(config, role) for role in config.roles} if models is None else models
+    return _Replay(config, known, slo or Slo()).run(tuple(faster(requests, rate)), rate)
+
+
+def rank_model(config: DeploymentConfig, role: Role) -> RankModel:
+    """The model of a simulated engine's rank, as its `engine_args` have it.
+
+    Raises:
+        ConfigError: The backend is a real engine, of which no speed is known here.
+    """
+    if config.backend != "simulated":
+        message = (
+            f"how fast a {config.backend} rank is has to be said: block_size, kv_total_blocks, prefill_tokens_per_s, "
+            "step_s"
+        )
+        raise ConfigError((Problem("models", message),))
+    args = parse_args(config.roles[role].engine_args)
+    return RankModel(
+        block_size=args.block_size,
+        kv_total_blocks=args.kv_blocks,
+        max_running=args.max_running,
+        max_batched_tokens=args.max_batched_tokens,
+        prefill_tokens_per_s=args.prefill_tokens_per_s,
+        step_s=args.step_s,
+        transfer_tokens_per_s=args.transfer_tokens_per_s,
+    )
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request under way."""
+
+    asked: TraceRequest
+    number: int
+    choice: Choice
+    booked: Booked
+    prefill: Leg | None = None
+    """Where it is split: the leg whose blocks wait to be copied."""
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_token_s - self.asked.arrival_s
+
+    @property
+    def itl_s(self) -> float | None:
+        """None of an answer of one token."""
+        gaps = self.asked.answer_tokens - 1
+        return (self.last_token_s - self.first_token_s) / gaps if gaps else None
+
+    def within(self, slo: Slo) -> bool:
+        return self.ttft_s <= slo.ttft_s and (self.itl_s or 0.0) <= slo.itl_s
+
+
+class _Replay:
+    """One run. What happens at a time is called at it; what is due at once, in the order of making."""
+
+    def __init__(self, config: DeploymentConfig, models: Mapping[Role, RankModel], slo: Slo) -> None:
+        self._slo = slo
+        self._policy = config.router.policy
+        self._models = models
+        self._seed = chain_seed(config.model.name)
+        self._chooser = Chooser(config.model.name, config.router)
+        self._groups: dict[str, Group] = {}
+        self._roles: dict[Role, list[Rank]] = {role: [] for role in config.roles}
+        self._masks = dict.fromkeys(Role, 0)
+        self._told: deque[tuple[float, Holder, KVEventBatch]] = deque()
+        """KV events on their way to the router."""
+        self._sent = dict[Holder, int]()
+        self._heap: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = count()
+        self._ends: dict[str, float] = {}
+        """When each busy group's step is over; an event for another time was overtaken."""
+        self._live: dict[int, _Request] = {}
+        self._done: list[_Request] = []
+        self._hit_tokens = 0
+        self._decision_s = 0.0
+        for role, role_config in config.roles.items():
+            for replica in range(role_config.replicas):
+                self._add(f"{role.value}-{replica}", role, role_config.parallelism.attn_dp)
+
+    def run(self, trace: Sequence[TraceRequest], rate: float) -> Report:
+        fitting = [request for request in trace if self._fits(request)]
+        for number, request in enumerate(fitting):
+            self._at(request.arrival_s, partial(self._arrive, number, request))
+        for arrival_s in range(int(fitting[-1].arrival_s) + 1 if fitting else 0):
+            self._at(float(arrival_s), self._tell_load)
+        while self._heap:
+            now_s, _, happen = heappop(self._heap)
+            happen(now_s)
+        assert not self._live, "every request ends"
+        return self._report(fitting, len(trace) - len(fitting), rate)
+
+    def _add(self, worker: str, role: Role, num_ranks: int) -> None:
+        model = self._models[role]
+        facts = WorkerFacts(
+            name=worker,
+            epoch=1,
+            role=role,
+            attn_dp_size=num_ranks,
+            block_size=model.block_size,
+            kv_total_blocks=model.kv_total_blocks,
+            handoff="none" if role is Role.AGGREGATED else "sequential",
+        )
+        self._chooser.up(facts)
+        self._masks[role] |= self._chooser.mask(worker)
+        self._groups[worker] = group = Group(worker, model, num_ranks)
+        self._roles[role] += group.ranks
+
+    def _at(self, time_s: float, happen: Callable[[float], None]) -> None:
+        heappush(self._heap, (time_s, next(self._order), happen))
+
+    def _fits(self, request: TraceRequest) -> bool:
+        longest = request.prompt_tokens + request.answer_tokens
+        return all(ranks[0].fits(longest) for ranks in self._roles.values())
+
+    def _arrive(self, number: int, asked: TraceRequest, now_s: float) -> None:
+        self._hear(now_s)
+        prompt = asked.token_ids()
+        ask = Ask(prompt, self._seed, asked.answer_tokens, asked.session)
+        before_s = time.thread_time()
+        choice = self._chooser.choose(ask, self._masks[Role.PREFILL] or None, self._decode_mask, now_s)
+        booked = self._chooser.book(choice, now_s)
+        self._decision_s += time.thread_time() - before_s
+        self._live[number] = _Request(asked, number, choice, booked)
+        if choice.prefill is None:
+            answer = [_FIRST_ANSWER_TOKEN + number] * asked.answer_tokens
+            self._submit(choice.decode.holder, Leg(number, prompt + answer, len(prompt), Role.AGGREGATED), now_s)
+        else:
+            self._submit(choice.prefill.holder, Leg(number, prompt, len(prompt), Role.PREFILL), now_s)
+
+    @property
+    def _decode_mask(self) -> int:
+        return self._masks[Role.AGGREGATED] or self._masks[Role.DECODE]
+
+    def _submit(self, holder: Holder, leg: Leg, now_s: float) -> None:
+        group = self._groups[holder.worker]
+        group.ranks[holder.dp_rank].submit(leg)
+        self._wake(group, now_s)
+
+    def _wake(self, group: Group, now_s: float) -> None:
+        """Somebody has come to the group."""
+        end_s = group.hurry(now_s) if group.busy else None
+        if end_s is not None:
+            self._end_at(group, end_s)
+        elif not group.busy:
+            self._begin(group, now_s)
+
+    def _begin(self, group: Group, now_s: float) -> None:
+        admitted, end_s = group.begin(now_s)
+        for leg, _ in admitted:
+            copied = leg.missing / self._models[Role.DECODE].transfer_tokens_per_s
+            self._at(now_s + copied, partial(self._landed, group, leg))
+        self._tell(group, now_s)
+        if end_s is not None:
+            self._end_at(group, end_s)
+
+    def _end_at(self, group: Group, end_s: float) -> None:
+        self._ends[group.worker] = end_s
+        self._at(end_s, partial(self._end, group))
+
+    def _end(self, group: Group, now_s: float) -> None:
+        if self._ends.get(group.worker) != now_s:
+            return
+        del self._ends[group.worker]
+        for leg, what in group.end():
+            request = self._live[leg.number]
+            if what is What.FIRST_TOKEN:
+                request.first_token_s = now_s
+                request.booked.first_token(now_s)
+            elif leg.role is Role.PREFILL:
+                self._hand_over(request, leg, now_s)
+            else:
+                self._finish(request, now_s)
+            if what is What.FIRST_TOKEN and leg.role is Role.AGGREGATED:
+                self._hit_tokens += leg.cached
+        self._tell(group, now_s)
+        self._begin(group, now_s)
+
+    def _hand_over(self, request: _Request, leg: Leg, now_s: float) -> None:
+        """The prompt is computed: its decode leg asks for blocks, and the prefill rank keeps its own until then."""
+        self._hit_tokens += leg.cached
+        request.booked.prefill_done(now_s)
+        request.prefill = leg
+        answer = [_FIRST_ANSWER_TOKEN + request.number] * request.asked.answer_tokens
+        decode = Leg(request.number, leg.tokens + answer, leg.prompt_tokens, Role.DECODE)
+        self._submit(request.choice.decode.holder, decode, now_s)
+
+    def _landed(self, group: Group, leg: Leg, now_s: float) -> None:
+        request = self._live[leg.number]
+        assert request.prefill is not None, "only what was handed over lands"
+        assert request.choice.prefill is not None, "and only a split request is handed over"
+        held_by = request.choice.prefill.holder
+        self._groups[held_by.worker].ranks[held_by.dp_rank].release(request.prefill)
+        self._wake(self._groups[held_by.worker], now_s)
+        group.ranks[request.choice.decode.holder.dp_rank].landed(leg)
+        self._wake(group, now_s)
+
+    def _finish(self, request: _Request, now_s: float) -> None:
+        request.last_token_s = now_s
+        request.booked.free(now_s, request.asked.answer_tokens)
+        self._done.append(self._live.pop(request.number))
+
+    def _tell(self, group: Group, now_s: float) -> None:
+        """Send what the group's ranks have stored and evicted on its way to the router."""
+        for rank in group.ranks:
+            if rank.pool.events:
+                holder = Holder(group.worker, 1, rank.dp_rank)
+                self._sent[holder] = sequence = self._sent.get(holder, -1) + 1
+                batch = KVEventBatch(sequence, rank.dp_rank, list(rank.pool.events))
+                rank.pool.events.clear()
+                self._told.append((now_s + EVENT_DELAY_S, holder, batch))
+
+    def _hear(self, now_s: float) -> None:
+        while self._told and self._told[0][0] <= now_s:
+            _, holder, batch = self._told.popleft()
+            self._chooser.apply(holder, batch)
+
+    def _tell_load(self, now_s: float) -> None:
+        for group in self._groups.values():
+            for rank in group.ranks:
+                self._chooser.heard(Holder(group.worker, 1, rank.dp_rank), rank.load())
+
+    def _report(self, trace: Sequence[TraceRequest], num_refused: int, rate: float) -> Report:
+        caching = Role.PREFILL if Role.PREFILL in self._roles else Role.AGGREGATED
+        model, ranks = self._models[caching], self._roles[caching]
+        done = self._done
+        last_s = max((request.last_token_s for request in done), default=0.0)
+        return Report(
+            policy=self._policy,
+            rate=rate,
+            num_ranks=sum(map(len, self._roles.values())),
+            num_requests=len(trace),
+            num_refused=num_refused,
+            duration_s=last_s - trace[0].arrival_s if trace else 0.0,
+            prompt_tokens=sum(request.prompt_tokens for request in trace),
+            hit_tokens=self._hit_tokens,
+            ideal_hit_tokens=ideal_hit_tokens(trace, model.block_size, model.kv_total_blocks * len(ranks)),
+            ttft_s=Percentiles.of([request.ttft_s for request in done]),
+            itl_s=Percentiles.of([itl_s for request in done if (itl_s := request.itl_s) is not None]),
+            slo=self._slo,
+            num_within_slo=sum(request.within(self._slo) for request in done),
+            max_over_mean_load=max(_max_over_mean(ranks) for ranks in self._roles.values()),
+            decision_cpu_s=self._decision_s / len(trace) if trace else 0.0,
+        )
+
+
+def _max_over_mean(ranks: Sequence[Rank]) -> float:
+    work = [rank.work_tokens for rank in ranks]
+    return max(work) * len(work) / sum(work) if any(work) else 1.0
