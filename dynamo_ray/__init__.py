@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dynamo_ray.cli.up import up as up
     from dynamo_ray.cluster.layout import plan as plan
     from dynamo_ray.config import DeploymentConfig as DeploymentConfig
+    from dynamo_ray.simulator.replay import simulate as simulate
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "Wake": "backends.engine",
     "control": "dynamo_ray.cli.control",
     "plan": "dynamo_ray.cluster.layout",
+    "simulate": "dynamo_ray.simulator.replay",
     "up": "dynamo_ray.cli.up",
 }
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "control",
     "plan",
+    "simulate",
     "up",
 ]
 

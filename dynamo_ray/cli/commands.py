@@ -81,6 +81,29 @@ def plan(
 
 
 @app.command()
+def simulate(
+    file: File,
+    trace: Annotated[Path | None, typer.Option(help="Mooncake's JSON lines.")] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="Instead of --trace: conversations, agents, documents or single_turn.")
+    ] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Once for each to compare; without it, the file's.")] = None,
+    rate: Annotated[float, typer.Option(help="How much faster than recorded requests come.", min=0.001)] = 1.0,
+    rank: Annotated[
+        str | None, typer.Option(help="How fast a rank is: prefill_tokens_per_s=26000,kv_total_blocks=8192,...")
+    ] = None,
+    ttft: Annotated[float | None, typer.Option(help="Of the SLO, in seconds.", min=0.001)] = None,
+    itl: Annotated[float | None, typer.Option(help="Of the SLO, in seconds.", min=0.001)] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace through a file's router on modelled ranks, in virtual time; nothing is started."""
+    from dynamo_ray.cli import simulating
+
+    given = simulating.Given(trace, workload, policy or (), rate, rank, ttft, itl)
+    simulating.show(simulating.reports(file, given), as_json)
+
+
+@app.command()
 def flags(
     file: File,
     topology: Annotated[str | None, typer.Option(help="As of plan: the nodes' addresses, where it knows them.")] = None,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heappop, heappush
+from math import inf
 from typing import NamedTuple
 
 from backends.engine import RankLoad, Role
@@ -30,6 +31,13 @@ class RankModel:
     sequence_s: float = 0.0
     kv_token_s: float = 0.0
     transfer_tokens_per_s: float = 1_000_000.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming what can be no rank's."""
+        for name in self.__slots__:
+            value, may_be_zero = getattr(self, name), name in ("step_s", "sequence_s", "kv_token_s")
+            if not 0 <= value < inf or (value == 0 and not may_be_zero):
+                raise ValueError(f"{name}: {value:g} is not {'0 or more' if may_be_zero else 'above 0'}")
 
     def step_time_s(self, prompt_tokens: int, sequences: int, kv_tokens: float) -> float:
         return (

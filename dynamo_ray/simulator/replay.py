@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 
-from backends.engine import Role
+from backends.engine import EngineStartError, Role
 from backends.kv_events import KVEventBatch
 from backends.simulated_args import parse_args
 from dynamo_ray.config import DeploymentConfig
@@ -63,7 +63,11 @@ def simulate(
         router = config.router.model_copy(update={"policy": policy})
         config = config.model_copy(update={"router": router})
     known = {role: rank_model(config, role) for role in config.roles} if models is None else models
-    return _Replay(config, known, slo or Slo()).run(tuple(faster(requests, rate)), rate)
+    try:
+        replay = _Replay(config, known, slo or Slo())
+    except ValueError as error:
+        raise ConfigError((Problem("router.policy", str(error)),)) from error
+    return replay.run(tuple(faster(requests, rate)), rate)
 
 
 def rank_model(config: DeploymentConfig, role: Role) -> RankModel:
@@ -78,7 +82,10 @@ def rank_model(config: DeploymentConfig, role: Role) -> RankModel:
             "step_s"
         )
         raise ConfigError((Problem("models", message),))
-    args = parse_args(config.roles[role].engine_args)
+    try:
+        args = parse_args(config.roles[role].engine_args)
+    except EngineStartError as error:
+        raise ConfigError((Problem(role.value, str(error)),)) from error
     return RankModel(
         block_size=args.block_size,
         kv_total_blocks=args.kv_blocks,

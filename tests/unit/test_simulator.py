@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError
 from dynamo_ray.simulator.group import Group
 from dynamo_ray.simulator.ideal import ideal_hit_tokens
-from dynamo_ray.simulator.rank import Leg, Rank, RankModel, What
+from dynamo_ray.simulator.rank import Leg, RankModel, What
 from dynamo_ray.simulator.replay import simulate
 from dynamo_ray.simulator.report import Slo
 from dynamo_ray.simulator.traces import TraceRequest, read_trace
@@ -217,3 +218,23 @@ def test_prompts_that_share_nothing_starve_no_rank(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["blocks"])
 def test_a_system_prompt_that_all_share_piles_nothing_up(policy: str) -> None:
     assert load_of(policy, agents(60, per_s=2.0)) < 1.3
+
+
+def test_the_command_compares_policies_and_names_what_is_wrong(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from dynamo_ray.cli.commands import app
+
+    config = str(Path(__file__).parents[2] / "configs" / "local-sim.yaml")
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]}\n' * 2)
+    asked = ["simulate", config, "--trace", str(trace), "--policy", "blocks", "--policy", "round_robin"]
+    run = CliRunner().invoke(app, asked)
+    assert "blocks" in run.stdout
+    assert "round_robin" in run.stdout
+    run = CliRunner().invoke(app, [*asked, "--rank", "speed=3"])
+    assert "--rank" in str(run.exception)
+    run = CliRunner().invoke(app, [*asked[:2], "--trace", str(tmp_path / "none")])
+    assert "--trace" in str(run.exception)
+    run = CliRunner().invoke(app, [*asked, "--json", "--rate", "2"])
+    assert [json.loads(line)["policy"] for line in run.stdout.splitlines()] == ["blocks", "round_robin"]
