@@ -15,7 +15,7 @@ import psutil
 import typer
 from rich.console import Console
 
-from dynamo_ray.cli import control, state
+from dynamo_ray.cli import control, route, state
 from dynamo_ray.cli.display import Progress, table
 from dynamo_ray.cli.interrupts import FORCED_EXIT_CODE, Interrupts
 from dynamo_ray.errors import PreflightError, Problem, StartupError
@@ -279,6 +279,7 @@ def down(
 
 
 app.command(name="control")(control.main)
+app.command(name="route")(route.main)
 
 
 def _interrupt(pid: int, timeout_s: float) -> bool:

@@ -7,22 +7,30 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
+from msgspec import to_builtins
 
 from backends.engine import Sampling
 from dynamo_ray.errors import InternalError, InvalidRequest
 from dynamo_ray.request import openai, structure
 from dynamo_ray.request.answer import Answer, ChatShape, Shape, TextShape, Usage
 from dynamo_ray.request.choice import Choice, Delta
-from dynamo_ray.request.exchange import EVENT_STREAM, ClientGone, Exchange
+from dynamo_ray.request.exchange import EVENT_STREAM, ClientGone, Exchange, Header
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.openai import ChatBody, CompletionBody
 from dynamo_ray.request.service import Service
 from dynamo_ray.request.tokens import Tokeniser
+from dynamo_ray.routing.explanation import Route
 from dynamo_ray.telemetry import Telemetry
 
 TIMEOUT_HEADER = b"x-request-timeout-s"
+SESSION_HEADER = b"x-session-id"
+EXPLAIN_HEADER = b"x-dynamo-ray-explain"
+ROUTE_HEADER = b"x-dynamo-ray-route"
+MAX_EXPLAINED_CHOICES = 8
+"""Of one request; a header line each."""
 STALLED_CLIENT_S = 5.0
 """After its deadline, how long a request waits for its client to read; then the connection is given up."""
 MAX_CONCURRENT_CHOICES = 64
@@ -58,6 +66,14 @@ class Job:
     usage: Usage
     deadline_s: float
     """On the loop's clock."""
+    routes: dict[int, Route]
+    """Where choices went last; filled only for a client that asks."""
+
+    @property
+    def route_headers(self) -> list[Header]:
+        """One a choice that has been given a place."""
+        known = sorted(self.routes.items())
+        return [(ROUTE_HEADER, msgspec.json.encode({"choice": index} | to_builtins(route))) for index, route in known]
 
     @property
     def n(self) -> int:
@@ -82,8 +98,23 @@ class Completions:
         """Raises RequestError, ClientGone."""
         raw = await exchange.json_body(self._settings.max_body_bytes)
         body = openai.parse_completion(raw, self._settings.model, self._settings.loras)
-        prompts = [p if isinstance(p, list) else await self._tokeniser.encode(p) for p in openai.prompts(body)]
-        await self._answer(self._job(exchange, body, TEXT, prompts))
+        await self._answer(self._job(exchange, body, TEXT, await self._prompts(body)))
+
+    async def route(self, exchange: Exchange) -> None:
+        """Say where a request with this body would go, and why; it goes nowhere. Raises RequestError, ClientGone."""
+        raw = await exchange.json_body(self._settings.max_body_bytes)
+        body = openai.parse_either(raw, self._settings.model, self._settings.loras)
+        if isinstance(body, ChatBody):
+            prompts = [await self._tokeniser.encode_chat(openai.template_messages(body))]
+        else:
+            prompts = await self._prompts(body)
+        if len(prompts) > 1:
+            raise InvalidRequest(f"{len(prompts)} prompts; send one", "prompt")
+        job = self._job(exchange, body, TEXT, prompts)
+        await exchange.reply(200, msgspec.json.encode(self._service.explain(job.generations[0])))
+
+    async def _prompts(self, body: CompletionBody) -> list[list[int]]:
+        return [p if isinstance(p, list) else await self._tokeniser.encode(p) for p in openai.prompts(body)]
 
     def _job(self, exchange: Exchange, body: ChatBody | CompletionBody, shape: Shape, prompts: list[list[int]]) -> Job:
         self._check(body, prompts)
@@ -92,20 +123,25 @@ class Completions:
         answer_id = shape.id_prefix + exchange.unique_id
         asked = structure.wanted(body)
         lora = None if body.model == self._settings.model else body.model
+        session = exchange.name(SESSION_HEADER) or openai.session(body)
+        explained = MAX_EXPLAINED_CHOICES if exchange.flag(EXPLAIN_HEADER) else 0
+        routes: dict[int, Route] = {}
         generations: list[Generation] = []
         for prompt in prompts:
             sampling = openai.sampling(body, len(prompt), limit, eos, None if asked is None else asked.structure)
             generations += [
                 Generation(
-                    request_id=f"{answer_id}-{len(generations) + index}",
+                    request_id=f"{answer_id}-{number}",
                     token_ids=prompt,
                     sampling=_with_seed(sampling, index),
                     cache_salt=body.cache_salt,
                     lora=lora,
                     priority=body.priority or 0,
+                    session=session,
+                    told=partial(routes.__setitem__, number) if number < explained else None,
                     deadline_s=deadline_s,
                 )
-                for index in range(body.n or 1)
+                for index, number in enumerate(range(len(generations), len(generations) + (body.n or 1)))
             ]
         stops = openai.stops(body)
         choices = tuple(
@@ -114,7 +150,8 @@ class Completions:
         )
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         answer = Answer(shape, answer_id, body.model, len(choices), include_usage, self._tokeniser.token_bytes)
-        return Job(exchange, body, tuple(generations), choices, answer, Usage(sum(map(len, prompts))), deadline_s)
+        usage = Usage(sum(map(len, prompts)))
+        return Job(exchange, body, tuple(generations), choices, answer, usage, deadline_s, routes)
 
     def _check(self, body: ChatBody | CompletionBody, prompts: list[list[int]]) -> None:
         """What needs the model's own limits."""
@@ -156,7 +193,8 @@ class Completions:
 
         await self._generate_all(job, show)
         with_logprobs = openai.num_logprobs(job.body) is not None
-        await job.exchange.reply(200, job.answer.whole(deltas, job.usage, with_logprobs))
+        answer = job.answer.whole(deltas, job.usage, with_logprobs)
+        await job.exchange.reply(200, answer, headers=job.route_headers)
 
     async def _stream(self, job: Job) -> None:
         exchange, answer = job.exchange, job.answer
@@ -169,7 +207,8 @@ class Completions:
                 if index not in opened:
                     if not opened:
                         # Only now, so that what fails before the first token still has a status of its own.
-                        await exchange.start(200, EVENT_STREAM, [(b"cache-control", b"no-cache")])
+                        headers = [(b"cache-control", b"no-cache"), *job.route_headers]
+                        await exchange.start(200, EVENT_STREAM, headers)
                     opened.add(index)
                     data = answer.opening(index) + data
                 await exchange.write(data)

@@ -19,7 +19,7 @@ from dynamo_ray.request.pipeline import serve
 from dynamo_ray.request.router import Router
 from dynamo_ray.request.wire import WorkerInfo
 from dynamo_ray.request.workers import Workers
-from dynamo_ray.routing.chooser import Choice
+from dynamo_ray.routing.explanation import Explanation
 from dynamo_ray.telemetry import Reading
 
 log = logging.getLogger(__name__)
@@ -95,13 +95,13 @@ class Dispatch:
         limits = self.config.limits
         return serve(request, self.router, limits.request_timeout_s, limits.max_retries)
 
-    def preview(self, request: Generation) -> Choice:
-        """Where it would go now; nothing is booked or sent.
+    def explain(self, request: Generation) -> Explanation:
+        """Where it would go now, and why; nothing is booked or sent.
 
         Raises:
             RequestError: It would go nowhere.
         """
-        return self.router.preview(Attempt(request, float("inf")))
+        return self.router.explain(Attempt(request, float("inf")))
 
     def readings(self) -> Iterator[Reading]:
         """What this process knows of the workers and of its own index, for /metrics."""

@@ -21,6 +21,7 @@ Header = tuple[bytes, bytes]
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 
+_NAME = re.compile(rb"[ -~]{1,256}")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -65,6 +66,24 @@ class Exchange:
         if not 0 < value < float("inf"):
             raise InvalidRequest(f"{name}: send a positive number", name)
         return value
+
+    def flag(self, header: bytes) -> bool:
+        """A header that is 1, or 0 or missing; raises InvalidRequest for anything else."""
+        given = self.headers.get(header, b"0")
+        if given not in (b"0", b"1"):
+            name = header.decode()
+            raise InvalidRequest(f"{name}: send 1 or 0", name)
+        return given == b"1"
+
+    def name(self, header: bytes) -> str | None:
+        """A header's text of 1 to 256 printable characters; raises InvalidRequest for anything else."""
+        given = self.headers.get(header)
+        if given is None:
+            return None
+        if _NAME.fullmatch(given) is None:
+            shown = header.decode()
+            raise InvalidRequest(f"{shown}: send 1 to 256 printable ASCII characters", shown)
+        return given.decode()
 
     async def json_body(self, max_bytes: int) -> bytes:
         """The whole body.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from backends.engine import Sampling
-from dynamo_ray.routing.chooser import Choice
+from dynamo_ray.routing.explanation import Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Generation:
     priority: int = 0
     session: str | None = None
     """The conversation it belongs to, where the client names one."""
-    told: Callable[[Choice], None] | None = None
-    """Called with the ranks of every try, before it begins."""
+    told: Callable[[Route], None] | None = None
+    """Called with where each try goes, before it begins."""
     deadline_s: float | None = None
     """On the loop's clock; None: the deployment's limit from its beginning on."""

@@ -50,6 +50,7 @@ class Front:
         self._endpoints: dict[str, tuple[str, Endpoint]] = {
             "/v1/chat/completions": ("POST", completions.chat),
             "/v1/completions": ("POST", completions.complete),
+            "/v1/route": ("POST", completions.route),
             MODELS: ("GET", self._models),
             "/health": ("GET", self._health),
             "/ready": ("GET", self._ready),

@@ -91,7 +91,7 @@ class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """In EBNF; the answer is a sentence of it."""
     ebnf: str | None = None
     """SGLang's name for grammar."""
-    # Ignoring these cannot change the answer.
+    # These cannot change the answer; some say which requests belong together, see `session`.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -161,6 +161,12 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Field -> the values that ask for nothing, which many clients always send, and why any other is refused."""
 
+
+class _Kind(Struct):
+    messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_kind = msgspec.json.Decoder(_Kind)
 _chat = msgspec.json.Decoder(ChatBody)
 _completion = msgspec.json.Decoder(CompletionBody)
 
@@ -270,6 +276,17 @@ def num_logprobs(body: ChatBody | CompletionBody) -> int | None:
 
 def prompt_field(body: ChatBody | CompletionBody) -> str:
     return "messages" if isinstance(body, ChatBody) else "prompt"
+
+
+def session(body: ChatBody | CompletionBody) -> str | None:
+    """What the client says its requests of one conversation or user have in common; None: nothing."""
+    return body.prompt_cache_key or body.user or None
+
+
+def parse_either(raw: bytes, served: str, loras: tuple[str, ...] = ()) -> ChatBody | CompletionBody:
+    """A body of whichever endpoint it is for: one with `messages` is a chat's. Raises as `parse_chat` does."""
+    is_chat = _decode(_kind, raw).messages is not msgspec.UNSET
+    return parse_chat(raw, served, loras) if is_chat else parse_completion(raw, served, loras)
 
 
 def field_of(body: ChatBody | CompletionBody, field: str | None) -> str | None:

@@ -8,6 +8,7 @@ import msgspec
 
 from dynamo_ray import __version__
 from dynamo_ray.request.openai import ChatBody, CompletionBody
+from dynamo_ray.routing.explanation import Explanation
 
 _ERROR = {
     "type": "object",
@@ -38,14 +39,15 @@ _STATUSES = {
 
 def document(model: str) -> dict[str, Any]:
     """OpenAPI 3.1, ready for JSON."""
-    bodies = (ChatBody, CompletionBody)
-    schemas = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")[1]
+    types = (ChatBody, CompletionBody, Explanation)
+    schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
     return {
         "openapi": "3.1.0",
         "info": {"title": f"dynamo_ray: {model}", "version": __version__},
         "paths": {
             "/v1/chat/completions": {"post": _generating("The assistant's next message", "ChatBody")},
             "/v1/completions": {"post": _generating("A continuation of each prompt", "CompletionBody")},
+            "/v1/route": {"post": _routing()},
             "/v1/models": {"get": _plain("The model served, and its adapters")},
             "/v1/models/{model}": {"get": {**_plain("One of them"), "parameters": [_MODEL]}},
             "/health": {"get": _plain("This process is alive")},
@@ -59,6 +61,15 @@ def document(model: str) -> dict[str, Any]:
 
 def _plain(summary: str) -> dict[str, Any]:
     return {"summary": summary, "responses": {"200": {"description": "OK"}}}
+
+
+def _routing() -> dict[str, Any]:
+    bodies = [{"$ref": f"#/components/schemas/{schema}"} for schema in ("ChatBody", "CompletionBody")]
+    described = _generating("Where such a request would go, and why; nothing is generated", "")
+    described["requestBody"]["content"]["application/json"]["schema"] = {"oneOf": bodies}
+    answer = {"application/json": {"schema": {"$ref": "#/components/schemas/Explanation"}}}
+    described["responses"]["200"] = {"description": "Every candidate of both legs", "content": answer}
+    return described
 
 
 def _generating(summary: str, schema: str) -> dict[str, Any]:

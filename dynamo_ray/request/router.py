@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from opentelemetry.trace import get_current_span
+
 from backends.engine import Feature, RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import DeploymentConfig, QueueConfig
@@ -23,6 +25,7 @@ from dynamo_ray.request.wire import WorkerInfo, worker_of
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import chain_seed
 from dynamo_ray.routing.chooser import Booked, Choice, Chooser, Pick, WorkerFacts
+from dynamo_ray.routing.explanation import Explanation, attributes, brief, explain
 from dynamo_ray.routing.policy import Ask
 from dynamo_ray.routing.ranks import Holder
 
@@ -140,18 +143,28 @@ class Router:
             raise attempt.deadline_error() from None
         generated_tokens = 0
         try:
-            if attempt.request.told is not None:
-                attempt.request.told(placement.booked.choice)
+            self._tell(attempt, placement.booked.choice)
             yield placement
             generated_tokens = len(attempt.delivered)
         finally:
             placement.free(generated_tokens)
             self.room.wake()
 
-    def preview(self, attempt: Attempt) -> Choice:
+    def explain(self, attempt: Attempt) -> Explanation:
         """Where it would go now, were no rank busy; nothing is booked. Raises as `place` does."""
-        prefill, decode = self._candidates(attempt)
-        return self._choose(self._ask(attempt), prefill, decode)
+        choice = self._choose(self._ask(attempt), *self._candidates(attempt))
+        return explain(self._config.router.policy, self.chooser.policy, choice)
+
+    def _tell(self, attempt: Attempt, choice: Choice) -> None:
+        span = get_current_span()
+        told = attempt.request.told
+        if told is None and not span.is_recording():
+            return
+        route = brief(self._config.router.policy, choice)
+        if told is not None:
+            told(route)
+        if span.is_recording():
+            span.set_attributes(attributes(route))
 
     def _go(self, attempt: Attempt, ask: Ask, kept: int) -> Placement | Busy:
         prefill, decode = self._candidates(attempt)

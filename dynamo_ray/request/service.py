@@ -7,6 +7,7 @@ from typing import Protocol
 
 from backends.engine import TokenChunk
 from dynamo_ray.request.generation import Generation
+from dynamo_ray.routing.explanation import Explanation
 
 
 class Service(Protocol):
@@ -22,6 +23,14 @@ class Service(Protocol):
 
     def ready(self) -> str | None:
         """None when requests can be served, else why not, for a person."""
+        ...
+
+    def explain(self, request: Generation) -> Explanation:
+        """Where it would go now, and why; nothing is sent or counted.
+
+        Raises:
+            RequestError: It would go nowhere.
+        """
         ...
 
     def generate(self, request: Generation) -> AsyncGenerator[TokenChunk]:

@@ -54,6 +54,12 @@ async def test_an_engine_computes_on_its_own_cores(vllm_site: Site) -> None:
         assert tuple(process.cpu_affinity()) == engine.spec.cores
 
 
+async def test_a_decode_engine_also_computes_a_whole_request_to_the_same_tokens(vllm_site: Site) -> None:
+    given = prompt(50, seed=91)
+    expected = await answer(vllm_site.aggregated, given, greedy(6))
+    assert (await answer(vllm_site.decode, given, greedy(6))).tokens == expected.tokens
+
+
 async def test_a_token_id_outside_the_vocabulary_is_refused_and_not_computed(vllm_site: Site) -> None:
     with pytest.raises(EngineError) as refusal:
         await answer(vllm_site.aggregated, [5, 10**6], greedy(1))

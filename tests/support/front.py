@@ -14,6 +14,7 @@ from dynamo_ray.errors import RequestError
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.http import Front, Settings
 from dynamo_ray.request.tokens import Tokeniser
+from dynamo_ray.routing.explanation import Candidate, ChosenRank, Explanation, LegExplanation, Route
 from dynamo_ray.telemetry import Telemetry
 
 MODEL = "org/model"
@@ -58,8 +59,16 @@ class ScriptedService:
     def ready(self) -> str | None:
         return self.not_ready
 
+    def explain(self, request: Generation) -> Explanation:
+        self.asked.append(request)
+        candidate = Candidate("w", 1, 0, True, 1.0, {}, 0, 0, 0, 0, 0, 0)
+        leg = LegExplanation(len(request.token_ids), 16, "the only candidate", [candidate])
+        return Explanation("blocks", None, leg)
+
     async def generate(self, request: Generation) -> AsyncGenerator[TokenChunk]:
         self.asked.append(request)
+        if request.told is not None:
+            request.told(Route("blocks", None, ChosenRank("w", 0, 3, 1.5, "the only candidate")))
         self.open.add(request.request_id)
         try:
             for step in self.script(request):
@@ -77,6 +86,7 @@ class ScriptedService:
 class Reply:
     status: int
     headers: dict[str, str]
+    """Of those that come several times, the last."""
     parts: list[bytes]
     """One a `send`."""
 
@@ -124,6 +134,10 @@ class Client:
     async def chat(self, **fields: Any) -> Reply:
         messages = [{"role": "user", "content": "hi"}]
         return await self.post("/v1/chat/completions", {"model": MODEL, "messages": messages, **fields})
+
+    async def chat_with(self, headers: dict[str, str], **fields: Any) -> Reply:
+        messages = [{"role": "user", "content": "hi"}]
+        return await self.post("/v1/chat/completions", {"model": MODEL, "messages": messages, **fields}, **headers)
 
     async def complete(self, **fields: Any) -> Reply:
         return await self.post("/v1/completions", {"model": MODEL, "prompt": "hi", **fields})

@@ -478,6 +478,7 @@ async def test_the_openapi_document_describes_every_path(client: Client) -> None
         "/v1/models/{model}",
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/route",
         "/health",
         "/ready",
         "/metrics",

@@ -7,14 +7,13 @@ import random
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 import pytest
-from data_path import PROMPT, Cluster, cluster, collect, generation
+from data_path import PROMPT, Cluster, cluster, collect
 
 from backends.engine import Role, Sampling
 from dynamo_ray.errors import DeadlineExceeded, Overloaded, RequestError
 from dynamo_ray.request.generation import Generation
-from dynamo_ray.routing.chooser import Choice
+from dynamo_ray.routing.explanation import Route
 from dynamo_ray.simulator import clock
 
 
@@ -148,18 +147,17 @@ def test_a_short_uncached_prompt_is_computed_by_the_decode_worker_to_the_same_to
     clock.run(main())
 
 
-def test_the_session_reaches_the_policy_and_the_choice_reaches_who_asked_for_it() -> None:
+def test_the_route_reaches_who_asked_for_it() -> None:
     async def main() -> None:
         async with cluster(prefill=1, decode=2) as made:
-            told: list[Choice] = []
-            request = Generation("r", PROMPT, Sampling(max_tokens=2), session="s", told=told.append)
+            told: list[Route] = []
+            request = Generation("r", PROMPT, Sampling(max_tokens=2), told=told.append)
             async with aclosing(made.dispatch.generate(request)) as chunks:
                 async for _ in chunks:
                     assert made.dispatch.router.table.num_bookings
-            (choice,) = told
-            assert choice.prefill is not None
-            assert choice.prefill.holder.worker == "prefill-0"
-            assert choice.decode.leg.ask.session == "s"
+            (route,) = told
+            assert route.prefill is not None
+            assert (route.policy, route.prefill.worker) == ("blocks", "prefill-0")
 
     clock.run(main())
 
@@ -216,17 +214,5 @@ def test_nothing_is_left_booked_waiting_or_held_whatever_happens(seed: int) -> N
         router = {"queue": {"busy_requests": 2, "max_waiting": 4}, "prefill_on_decode": {"max_uncached_tokens": 50}}
         async with cluster(prefill=2, decode=2, handoff=style, attn_dp=2, router=router) as made:
             await Walk(seed).run(made)
-
-    clock.run(main())
-
-
-def test_the_explanation_of_a_choice_books_nothing() -> None:
-    async def main() -> None:
-        async with cluster() as made:
-            before = msgspec.structs.asdict(made.nodes["prefill-0"].engine.load()[0])
-            choice = made.dispatch.preview(generation())
-            assert choice.decode.holder.worker == "decode-0"
-            assert made.dispatch.router.table.num_bookings == 0
-            assert msgspec.structs.asdict(made.nodes["prefill-0"].engine.load()[0]) == before
 
     clock.run(main())
