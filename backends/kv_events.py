@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import msgspec
@@ -69,7 +70,7 @@ Bigram = tuple[int, int]
 class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
     block_hashes: list[EngineHash]
     parent_block_hash: EngineHash | None
-    token_ids: list[int | Bigram]
+    token_ids: list[int]
     block_size: int
     medium: str | None = None
     lora_name: str | None = None
@@ -82,12 +83,19 @@ class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored", gc=Fals
         return BlockStored(
             self.block_hashes,
             self.parent_block_hash,
-            _tokens(self.token_ids),
+            self.token_ids,
             self.block_size,
             self.medium,
             self.lora_name,
             self.cache_salt or (_salt_in(self.extra_keys, self.lora_name) if self.extra_keys else None),
         )
+
+
+class _PairedTaggedStored(_TaggedStored, tag_field="type", tag="BlockStored", gc=False):
+    token_ids: list[Bigram]  # type: ignore[assignment]
+
+    def value(self) -> BlockStored:
+        return msgspec.structs.replace(super().value(), token_ids=[first for first, _ in self.token_ids])
 
 
 class _TaggedRemoved(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
@@ -107,15 +115,23 @@ class _TaggedCleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", g
 class _ArrayStored(msgspec.Struct, array_like=True, tag="BlockStored", gc=False):
     block_hashes: list[EngineHash]
     parent_block_hash: EngineHash | None
-    token_ids: list[int | Bigram]
+    token_ids: list[int]
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
 
     def value(self) -> BlockStored:
         lora = None if self.lora_id is None else str(self.lora_id)
-        tokens = _tokens(self.token_ids)
-        return BlockStored(self.block_hashes, self.parent_block_hash, tokens, self.block_size, self.medium, lora)
+        return BlockStored(
+            self.block_hashes, self.parent_block_hash, self.token_ids, self.block_size, self.medium, lora
+        )
+
+
+class _PairedArrayStored(_ArrayStored, array_like=True, tag="BlockStored", gc=False):
+    token_ids: list[Bigram]  # type: ignore[assignment]
+
+    def value(self) -> BlockStored:
+        return msgspec.structs.replace(super().value(), token_ids=[first for first, _ in self.token_ids])
 
 
 class _ArrayRemoved(msgspec.Struct, array_like=True, tag="BlockRemoved", gc=False):
@@ -141,16 +157,25 @@ class _TaggedBatch(msgspec.Struct, array_like=True):
     dp_rank: int | None = None
 
 
+class _PairedTaggedBatch(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[_PairedTaggedStored | _TaggedRemoved | _TaggedCleared]
+    dp_rank: int | None = None
+
+
 class _ArrayBatch(msgspec.Struct, array_like=True):
     ts: float
     events: list[_Array]
     dp_rank: int | None = None
 
 
-def _tokens(given: list[int | Bigram]) -> list[int]:
-    if given and isinstance(given[0], tuple):
-        return [token if isinstance(token, int) else token[0] for token in given]
-    return given  # type: ignore[return-value]  # one that mixes them is refused where its tokens are read
+class _PairedArrayBatch(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[_PairedArrayStored | _ArrayRemoved | _ArrayCleared]
+    dp_rank: int | None = None
+
+
+_Batch = _TaggedBatch | _PairedTaggedBatch | _ArrayBatch | _PairedArrayBatch
 
 
 def _salt_in(extra_keys: list[tuple[msgspec.Raw, ...] | None], lora_name: str | None) -> str | None:
@@ -182,8 +207,8 @@ class _Groups:
     def __init__(self) -> None:
         self._counted: int | None = None
 
-    def counts(self, event: _Tagged) -> bool:
-        if isinstance(event, _TaggedCleared) or event.group_idx is None:
+    def counts(self, event: _Tagged | _Array) -> bool:
+        if not isinstance(event, _TaggedStored | _TaggedRemoved) or event.group_idx is None:
             return True
         if self._counted is None:
             if isinstance(event, _TaggedRemoved):
@@ -193,13 +218,14 @@ class _Groups:
         return event.group_idx == self._counted
 
 
-_BATCHES: dict[str, type[_TaggedBatch] | type[_ArrayBatch]] = {
-    "vllm-0.32": _TaggedBatch,
-    "vllm-0.33": _TaggedBatch,
-    "sglang-0.5.16": _ArrayBatch,
-    "sglang-0.5.23": _TaggedBatch,
-    "simulated-1": _TaggedBatch,
+_BATCHES: dict[str, tuple[type[_Batch], ...]] = {
+    "vllm-0.32": (_TaggedBatch,),
+    "vllm-0.33": (_TaggedBatch,),
+    "sglang-0.5.16": (_ArrayBatch, _PairedArrayBatch),
+    "sglang-0.5.23": (_TaggedBatch, _PairedTaggedBatch),
+    "simulated-1": (_TaggedBatch,),
 }
+"""The shapes that a format's batches come in. One publisher keeps to one."""
 
 
 def decoder(wire_format: str) -> Decoder:
@@ -210,7 +236,7 @@ def decoder(wire_format: str) -> Decoder:
     """
     if wire_format not in _BATCHES:
         raise ValueError(f"unknown KV event format {wire_format!r}; there are {', '.join(_BATCHES)}")
-    batches = msgspec.msgpack.Decoder(_BATCHES[wire_format])
+    shapes = [msgspec.msgpack.Decoder(shape) for shape in _BATCHES[wire_format]]
     counts = _Groups().counts
 
     def decode(frames: Frames) -> KVEventBatch:
@@ -219,16 +245,26 @@ def decoder(wire_format: str) -> Decoder:
         if len(frames[2]) > MAX_PAYLOAD_BYTES:
             raise KVEventDecodeError(f"{len(frames[2])} bytes in one batch, {MAX_PAYLOAD_BYTES} at most")
         try:
-            batch = batches.decode(frames[2])
-            if isinstance(batch, _TaggedBatch):
-                events: list[KVEvent] = [event.value() for event in batch.events if counts(event)]
-            else:
-                events = [event.value() for event in batch.events]
+            batch = _first_fit(shapes, frames[2])
+            events: list[KVEvent] = [event.value() for event in batch.events if counts(event)]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise KVEventDecodeError(f"not a {wire_format} batch: {error}") from error
         return KVEventBatch(int.from_bytes(frames[1], "big"), batch.dp_rank, events)
 
     return decode
+
+
+def _first_fit(shapes: list[msgspec.msgpack.Decoder[_Batch]], payload: bytes) -> _Batch:
+    """Decode, and try the shape that fits first from then on."""
+    try:
+        return shapes[0].decode(payload)
+    except msgspec.ValidationError:
+        for shape in shapes[1:]:
+            with suppress(msgspec.ValidationError):
+                batch = shape.decode(payload)
+                shapes.reverse()
+                return batch
+        raise
 
 
 def encode(batch: KVEventBatch) -> list[bytes]:

@@ -151,6 +151,15 @@ class PrefillOnDecodeConfig(_Frozen):
     """A prompt of which the chosen decode rank has to compute no more than this never goes to a prefill worker."""
 
 
+class ApproximateConfig(_Frozen):
+    """What a worker caches is guessed from what was sent there, where it tells no KV events."""
+
+    ttl_s: PositiveFloat = 120.0
+    """How long a prompt is taken to be cached after it was sent."""
+    max_blocks: PositiveInt = 65_536
+    """Per rank; the least recently sent are forgotten first."""
+
+
 class RouterConfig(_Frozen):
     policy: str = Field(default="blocks", min_length=1)
     """A policy's name (see dynamo_ray.routing.policies), or `module:attribute` of the user's own."""
@@ -160,6 +169,8 @@ class RouterConfig(_Frozen):
     """How much of a cached prompt block counts as already computed."""
     prefill_load_scale: NonNegativeFloat = 1.0
     """Weight of prompt blocks to compute against blocks being held."""
+    approximate: ApproximateConfig = ApproximateConfig()
+    """For workers that tell no KV events, and for all with `events: none`."""
     queue: QueueConfig | None = QueueConfig()
     """null: nothing waits here; workers queue, and refuse what is over their limit."""
     prefill_on_decode: PrefillOnDecodeConfig | None = None

@@ -4,34 +4,69 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import zmq
 import zmq.asyncio
 
 from backends.engine import KVEventSource
-from backends.kv_events import Decoder, KVEventBatch, KVEventDecodeError, decoder
+from backends.kv_events import (
+    MAX_PAYLOAD_BYTES,
+    AllBlocksCleared,
+    Decoder,
+    KVEventBatch,
+    KVEventDecodeError,
+    decoder,
+)
 from backends.kv_publisher import END_OF_REPLAY
-from dynamo_ray.routing.ranks import Holder
+from dynamo_ray.routing.anomalies import Anomalies, Anomaly
+from dynamo_ray.routing.kv_index import Holder, Snapshot
 
 log = logging.getLogger(__name__)
 
 REPLAY_TIMEOUT_S = 2.0
+"""Of silence: a replay may take longer."""
+RESYNC_TIMEOUT_S = 5.0
 FIRST_CHECK_S = 0.5
 LAST_CHECK_S = 30.0
 """A silent rank is asked whether we missed something, ever less often: a subscription takes effect unannounced."""
+MAX_QUEUED = 1_000
+"""Batches of one rank waiting here. Beyond, its publisher drops, and the next one shows the gap."""
+MAX_REPLAYED = 20_000
+"""Batches of one replay waiting here: vLLM and SGLang keep 10,000, and drop what a peer does not take at once."""
+SLICE_S = 0.002
+"""What is ready is taken for that long before others get their turn on the loop."""
+
+Apply = Callable[[Holder, KVEventBatch], None]
+Resync = Callable[[Holder], Awaitable[Snapshot | None]]
+"""Asks others that follow the rank what it holds; None where nobody knows."""
+
+
+async def nobody_knows(holder: Holder) -> Snapshot | None:
+    """A `Resync` without others."""
+    return None
 
 
 class KVEventSubscriber:
     """Follows any number of ranks, a task each.
 
-    `apply(holder, batch)` is called for every batch in sequence. `uncertain(holder)` is called when batches are
-    lost for good: all that the holder said before must be forgotten.
+    `apply(holder, batch)` is called for every batch in sequence. `uncertain(holder)` is called when batches are lost
+    for good: all that the holder said before must be forgotten. Then `resync` is asked, again at every silence until
+    it knows, and `restore(holder, snapshot)` is called with its answer.
     """
 
-    def __init__(self, apply: Callable[[Holder, KVEventBatch], None], uncertain: Callable[[Holder], None]) -> None:
-        self._apply, self._uncertain = apply, uncertain
+    def __init__(
+        self,
+        apply: Apply,
+        uncertain: Callable[[Holder], None],
+        restore: Callable[[Holder, Snapshot], None] | None = None,
+        resync: Resync = nobody_knows,
+        anomalies: Anomalies | None = None,
+    ) -> None:
+        self.apply, self.uncertain, self.restore, self.resync = apply, uncertain, restore, resync
+        self.anomalies = Anomalies() if anomalies is None else anomalies
         self._context: zmq.asyncio.Context | None = None
+        self._ranks: dict[Holder, _Rank] = {}
         self._tasks: dict[Holder, asyncio.Task[None]] = {}
         self.num_gaps = 0
         """Batches that did not come in turn; each one was fetched again, or made its rank uncertain."""
@@ -41,16 +76,25 @@ class KVEventSubscriber:
             self._context = zmq.asyncio.Context()
         for source in sources:
             holder = Holder(worker, epoch, source.dp_rank)
-            rank = _Rank(holder, source, self._context, self)
-            self._tasks[holder] = asyncio.create_task(rank.follow(), name=f"kv-events-{worker}-{source.dp_rank}")
+            rank = self._ranks[holder] = _Rank(holder, source, self._context, self)
+            task = asyncio.create_task(rank.follow(), name=f"kv-events-{worker}-{source.dp_rank}")
+            task.add_done_callback(rank.ended)
+            self._tasks[holder] = task
 
     def unsubscribe(self, worker: str, epoch: int) -> None:
         for holder in [h for h in self._tasks if (h.worker, h.epoch) == (worker, epoch)]:
             self._tasks.pop(holder).cancel()
+            del self._ranks[holder]
+
+    def next_sequence(self, holder: Holder) -> int | None:
+        """The batch that a rank's state here lacks first: what a snapshot of it is called by. None: not followed."""
+        rank = self._ranks.get(holder)
+        return None if rank is None else rank.next_sequence
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
         self._tasks.clear()
+        self._ranks.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -67,81 +111,147 @@ class _Rank:
     ) -> None:
         self._holder, self._source, self._context, self._owner = holder, source, context, owner
         self._decode: Decoder = decoder(source.wire_format)
-        self._next = 0
-        """The sequence that comes next."""
+        self.next_sequence = 0
+        self._in_doubt = False
+        self._live: tuple[int, bytes] = (-1, b"")
+        """Sequence and payload of what the publisher sent last; what it replays does not count."""
+        self._slice_ends_s = 0.0
 
     async def follow(self) -> None:
-        socket = self._context.socket(zmq.SUB)
+        socket = self._socket(zmq.SUB, MAX_QUEUED)
         try:
-            socket.setsockopt(zmq.RCVHWM, 0)
             socket.subscribe(b"")
             socket.connect(self._source.endpoint)
             silence_s = FIRST_CHECK_S
             while True:
-                try:
-                    async with asyncio.timeout(silence_s):
-                        frames = await socket.recv_multipart()
-                except TimeoutError:
-                    missed = await self._replay()
-                    silence_s = FIRST_CHECK_S if missed else min(2 * silence_s, LAST_CHECK_S)
+                frames = await self._receive(socket, silence_s)
+                if frames is not None:
+                    await self._take_live(frames)
                     continue
-                await self._take_live(frames)
+                missed = await self._heal()
+                if self._in_doubt:
+                    await self._ask_others(self.next_sequence)
+                silence_s = FIRST_CHECK_S if missed else min(2 * silence_s, LAST_CHECK_S)
         finally:
             socket.close(linger=0)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """Nobody follows the rank any more; if that is a mistake, what it said is not to be relied on."""
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s: its KV events are no longer followed", self._holder, exc_info=task.exception())
+            self._owner.uncertain(self._holder)
+
+    def _socket(self, kind: int, max_queued: int) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.RCVHWM, max_queued)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)  # The connection of who sends more is dropped.
+        return socket
+
+    async def _receive(self, socket: zmq.asyncio.Socket, silence_s: float) -> list[bytes] | None:
+        """The next message, at once if it is there and this rank had not its turn for long; None after a silence."""
+        loop = asyncio.get_running_loop()
+        if loop.time() > self._slice_ends_s:
+            await asyncio.sleep(0)
+            self._slice_ends_s = loop.time() + SLICE_S
+        try:
+            return zmq.Socket.shadow(socket).recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            pass
+        try:
+            async with asyncio.timeout(silence_s):
+                return await socket.recv_multipart()
+        except TimeoutError:
+            return None
 
     async def _take_live(self, frames: list[bytes]) -> None:
         batch = self._decoded(frames)
-        if batch is None or batch.sequence < self._next:
+        if batch is None:
             return
-        if batch.sequence > self._next:
+        number, live = batch.sequence, (batch.sequence, frames[2])
+        if number <= self._live[0]:
+            self._owner.anomalies.saw(Anomaly.SEQUENCE, self._holder, f"batch {number} came after {self._live[0]}")
+            if live == self._live:
+                return
+            # A publisher numbers upwards, so this is another: it began anew. Its buffer tells if it did not.
+            self._owner.apply(self._holder, KVEventBatch(0, None, [AllBlocksCleared()]))
+            self.next_sequence = 0
+        self._live = live
+        if number > self.next_sequence:
             self._owner.num_gaps += 1
-            await self._replay()
-        if batch.sequence > self._next:
-            self._lose(batch.sequence)
-        if batch.sequence == self._next:
+            await self._heal()
+        if number > self.next_sequence:
+            await self._lose(number)
+        if number == self.next_sequence:
             self._take(batch)
 
     def _take(self, batch: KVEventBatch) -> None:
-        self._owner._apply(self._holder, batch)
-        self._next = batch.sequence + 1
+        self._owner.apply(self._holder, batch)
+        self.next_sequence = batch.sequence + 1
 
-    def _lose(self, resume_at: int) -> None:
-        log.warning("%s: KV events %d to %d are lost; it starts anew", self._holder, self._next, resume_at - 1)
-        self._owner._uncertain(self._holder)
-        self._next = resume_at
+    async def _lose(self, resume_at: int) -> None:
+        lost = f"{self.next_sequence} to {resume_at - 1}"
+        log.warning("%s: KV events %s are lost; it starts anew", self._holder, lost)
+        self._owner.uncertain(self._holder)
+        self._in_doubt = True
+        self.next_sequence = resume_at
+        await self._ask_others(resume_at)
 
-    async def _replay(self) -> int:
-        """Fetch everything from the next sequence on; how many batches that were new."""
-        if self._source.replay_endpoint is None:
-            return 0
-        socket = self._context.socket(zmq.DEALER)
-        taken = 0
+    async def _ask_others(self, at_least: int) -> None:
+        """Go on from what another follower of this rank knows, if that is not older."""
         try:
-            socket.connect(self._source.replay_endpoint)
-            await socket.send_multipart([b"", self._next.to_bytes(8, "big")])
-            async with asyncio.timeout(REPLAY_TIMEOUT_S):
-                while True:
-                    _, *frames = await socket.recv_multipart()
-                    if len(frames) == 2:  # SGLang 0.5.16 replays without the topic (disaggregation/kv_events.py).
-                        frames.insert(0, b"")
-                    if frames[1] == END_OF_REPLAY:
-                        return taken
-                    batch = self._decoded(frames)
-                    if batch is None or batch.sequence < self._next:
-                        continue
-                    if batch.sequence > self._next:
-                        self._lose(batch.sequence)
-                    self._take(batch)
-                    taken += 1
+            async with asyncio.timeout(RESYNC_TIMEOUT_S):
+                snapshot = await self._owner.resync(self._holder)
         except TimeoutError:
-            log.warning("%s: its replay endpoint %s does not answer", self._holder, self._source.replay_endpoint)
-            return taken
-        finally:
-            socket.close(linger=0)
+            return
+        if snapshot is not None and snapshot.sequence >= at_least and self._owner.restore is not None:
+            self._owner.restore(self._holder, snapshot)
+            self.next_sequence = snapshot.sequence
+            self._in_doubt = False
+
+    async def _heal(self) -> int:
+        """Fetch all from the next sequence on, and again what was dropped on the way; how many batches were new."""
+        taken = 0
+        while self._source.replay_endpoint is not None:
+            before = self.next_sequence
+            socket = self._socket(zmq.DEALER, MAX_REPLAYED)
+            try:
+                socket.connect(self._source.replay_endpoint)
+                await socket.send_multipart([b"", before.to_bytes(8, "big")])
+                complete = await self._take_replay(socket)
+            finally:
+                socket.close(linger=0)
+            taken += self.next_sequence - before
+            if complete or self.next_sequence == before:
+                break
+        return taken
+
+    async def _take_replay(self, socket: zmq.asyncio.Socket) -> bool:
+        """Whether it came to its end without a gap."""
+        began_at = self.next_sequence
+        while True:
+            frames = await self._receive(socket, REPLAY_TIMEOUT_S)
+            if frames is None:
+                detail = f"{self._source.replay_endpoint} does not answer"
+                self._owner.anomalies.saw(Anomaly.NO_REPLAY, self._holder, detail)
+                return False
+            frames = frames[1:]
+            if len(frames) == 2:  # SGLang 0.5.16 replays without the topic (disaggregation/kv_events.py).
+                frames.insert(0, b"")
+            if len(frames) == 3 and frames[1] == END_OF_REPLAY:
+                return True
+            batch = self._decoded(frames)
+            if batch is None or batch.sequence < self.next_sequence:
+                continue
+            if batch.sequence > self.next_sequence:
+                if self.next_sequence > began_at:
+                    return False
+                await self._lose(batch.sequence)
+            if batch.sequence == self.next_sequence:
+                self._take(batch)
 
     def _decoded(self, frames: list[bytes]) -> KVEventBatch | None:
         try:
             return self._decode(frames)
         except KVEventDecodeError as error:
-            log.error("%s sent a KV event we cannot read: %s", self._holder, error)
+            self._owner.anomalies.saw(Anomaly.UNREADABLE, self._holder, f"a KV event we cannot read: {error}")
             return None

@@ -20,6 +20,8 @@ from dynamo_ray.request.router import Router
 from dynamo_ray.request.wire import WorkerInfo
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.explanation import Explanation
+from dynamo_ray.routing.kv_index import Snapshot
+from dynamo_ray.routing.ranks import Holder
 from dynamo_ray.telemetry import Reading
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,11 @@ class Dispatch:
         self._follower: asyncio.Task[None] | None = None
         self.workers = Workers(config.limits.heartbeat_timeout_s, self._up, self._down, self._heard, self._flushed)
         self.router = Router(config, self.workers)
-        self.events = KVEventSubscriber(self.router.apply, self.router.uncertain)
-        self.peers = None if host is None else Peers(host, self.router.table, self.router.room.wake, lambda _: None)
+        index, room = self.router.index, self.router.room
+        self.events = KVEventSubscriber(
+            self.router.apply, self.router.uncertain, index.restore, self._resync, index.anomalies
+        )
+        self.peers = None if host is None else Peers(host, self.router.table, room.wake, self._snapshot)
 
     async def start(self) -> None:
         self._follower = asyncio.create_task(self._follow(), name="membership")
@@ -127,9 +132,25 @@ class Dispatch:
             index.orphan_blocks,
         )
         yield "dynamo_ray_kv_event_gaps_total", "Gaps seen in KV events", {}, self.events.num_gaps
+        for (anomaly, source), count in index.anomalies.counts.items():
+            labels = {"kind": anomaly, "source": source}
+            yield "dynamo_ray_kv_event_anomalies_total", "What was wrong with KV events", labels, count
+        for holder in index.doubtful:
+            labels = {"worker": holder.worker, "dp_rank": str(holder.dp_rank)}
+            yield "dynamo_ray_index_doubtful", "KV events were lost: only what was told since counts", labels, True
+        for worker, guessed in self.router.chooser.guessed().items():
+            labels = {"worker": worker}
+            yield "dynamo_ray_index_approximate", "What it caches is guessed from what was sent there", labels, guessed
         yield "dynamo_ray_retries_total", "Requests moved to other workers", {}, self.router.num_retries
         if self.peers is not None:
             yield from self.peers.readings()
+
+    def _snapshot(self, holder: Holder) -> Snapshot | None:
+        sequence = self.events.next_sequence(holder)
+        return self.router.index.snapshot(holder, sequence) if sequence else None
+
+    async def _resync(self, holder: Holder) -> Snapshot | None:
+        return None if self.peers is None else await self.peers.resync(holder)
 
     def _engines(self) -> list[EngineInfo]:
         engines = [c.info.engine for role in self.config.roles for c in self.workers.of_role(role)]

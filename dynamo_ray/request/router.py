@@ -95,8 +95,9 @@ class Router:
         self.chooser.up(facts)
         self._occupancy.up(facts)
         if facts.caches_prefixes and not facts.tells_events and self.chooser.policy.reads_overlap:
-            log.warning(
-                "%s publishes no KV events: what it caches is guessed from what was sent there in the last %g s",
+            log.log(
+                logging.INFO if self._config.events == "none" else logging.WARNING,
+                "%s tells us no KV events: what it caches is guessed from what was sent there in the last %g s",
                 info.worker,
                 self.chooser.guesses.ttl_s,
             )

@@ -125,7 +125,7 @@ class Chooser:
         self.policy = resolve(self.config)
         self.ranks = Ranks()
         self.index = KVIndex(model, self.ranks)
-        self.guesses = RoutedPrefixes(self.ranks)
+        self.guesses = RoutedPrefixes(self.ranks, self.config.approximate.ttl_s, self.config.approximate.max_blocks)
         self.table = LoadTable(self.ranks)
         self.num_policy_errors = 0
         """Legs that a policy could not place, which then went to the rank with the fewest requests."""
@@ -182,6 +182,10 @@ class Chooser:
         """Whether what the rank caches is guessed: it caches, and tells nothing of it."""
         column = self.ranks.column(holder)
         return column is not None and bool(self._silent >> column & 1)
+
+    def guessed(self) -> dict[str, bool]:
+        """Of each worker whether what it caches is guessed."""
+        return {name: bool(mask & self._silent) for name, (_, mask) in self._workers.items()}
 
     def heard(self, holder: Holder, load: RankLoad) -> None:
         self.table.report(holder, load)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any
 
 EngineHash = int | bytes
 Blocks = dict[int, int]
@@ -35,16 +37,18 @@ class Holding:
 
     def store(self, theirs: Sequence[EngineHash], ours: Sequence[int]) -> int:
         """Hold blocks, named alike in both; how many were not taken, since their name is another block's."""
-        fresh = dict.fromkeys(ours, self._bit)
+        bit, blocks = self._bit, self._blocks
+        masks = list(map(blocks.get, ours))
         # Whole events go in at the speed of C where nothing of them is known, as nearly always.
-        if len(fresh) != len(theirs) or len(set(theirs)) != len(theirs) or not self._ours.keys().isdisjoint(theirs):
-            return self._store_one_by_one(theirs, ours)
-        self._ours.update(zip(theirs, ours, strict=True))
-        if self._blocks.keys().isdisjoint(fresh):
-            self._blocks.update(fresh)
+        if masks.count(None) == len(masks):
+            added = zip(ours, repeat(bit), strict=False)
+        elif not any(mask is not None and mask & bit for mask in masks):
+            added = zip(ours, [bit if mask is None else mask | bit for mask in masks], strict=True)
         else:
-            for block in ours:
-                self._add_bit(block)
+            return self._store_one_by_one(theirs, ours)
+        if not self._take_names(theirs, ours):
+            return self._store_one_by_one(theirs, ours)
+        blocks.update(added)
         return 0
 
     def remove(self, theirs: Iterable[EngineHash]) -> None:
@@ -52,22 +56,16 @@ class Holding:
         if self._copies or self._aliases:
             self._remove_one_by_one(theirs)
             return
-        bit, blocks, pop = self._bit, self._blocks, self._ours.pop
+        pop, drop = self._ours.pop, self._drop_bit
         for name in theirs:
             block = pop(name, None)
             if block is not None:
-                mask = blocks.pop(block)
-                if mask != bit:
-                    blocks[block] = mask ^ bit
+                drop(block)
 
     def clear(self) -> None:
         """Let go of everything."""
-        bit, blocks = self._bit, self._blocks
-        gone = set(self._ours.values()) if self._aliases else self._ours.values()
-        for block in gone:
-            mask = blocks.pop(block)
-            if mask != bit:
-                blocks[block] = mask ^ bit
+        for block in set(self._ours.values()) if self._aliases else self._ours.values():
+            self._drop_bit(block)
         self._ours = {}
         self._copies = {}
         self._aliases = {}
@@ -81,8 +79,21 @@ class Holding:
     ) -> None:
         """Hold exactly this."""
         self.clear()
-        self.store(theirs, ours)
+        self._store_one_by_one(theirs, ours)
         self._copies = {name: count for name, count in copies if name in self._ours and count > 0}
+
+    def _take_names(self, theirs: Sequence[EngineHash], ours: Sequence[int]) -> bool:
+        """Bind names that should all be new; if one is not, none is bound."""
+        names = self._ours
+        before = len(names)
+        bound = list(map(names.setdefault, theirs, ours))
+        if len(names) == before + len(theirs):
+            return True
+        for name, block, now in zip(theirs, ours, bound, strict=True):
+            # Nothing of these blocks was held, so a name bound to its block was bound just now.
+            if block == now:
+                names.pop(name, None)
+        return False
 
     def _store_one_by_one(self, theirs: Sequence[EngineHash], ours: Sequence[int]) -> int:
         contradictions = 0
@@ -97,6 +108,14 @@ class Holding:
                 contradictions += 1
         return contradictions
 
+    def _remove_one_by_one(self, theirs: Iterable[EngineHash]) -> None:
+        for name in theirs:
+            if _decrement(self._copies, name):
+                continue
+            block = self._ours.pop(name, None)
+            if block is not None and not _decrement(self._aliases, block):
+                self._drop_bit(block)
+
     def _add_bit(self, block: int) -> None:
         mask = self._blocks.get(block, 0)
         if mask & self._bit:
@@ -104,23 +123,17 @@ class Holding:
         else:
             self._blocks[block] = mask | self._bit
 
-    def _remove_one_by_one(self, theirs: Iterable[EngineHash]) -> None:
-        for name in theirs:
-            if name in self._copies:
-                _decrement(self._copies, name)
-                continue
-            block = self._ours.pop(name, None)
-            if block is None:
-                continue
-            if block in self._aliases:
-                _decrement(self._aliases, block)
-                continue
-            mask = self._blocks.pop(block)
-            if mask != self._bit:
-                self._blocks[block] = mask ^ self._bit
+    def _drop_bit(self, block: int) -> None:
+        mask = self._blocks.pop(block, self._bit)
+        if mask != self._bit:
+            self._blocks[block] = mask & ~self._bit
 
 
-def _decrement(counts: dict[EngineHash, int] | dict[int, int], key: EngineHash) -> None:
-    counts[key] -= 1  # type: ignore[index]
-    if not counts[key]:  # type: ignore[index]
-        del counts[key]  # type: ignore[arg-type]
+def _decrement(counts: dict[Any, int], key: EngineHash) -> bool:
+    """Whether there was one to take away."""
+    count = counts.get(key, 0)
+    if count > 1:
+        counts[key] = count - 1
+    elif count:
+        del counts[key]
+    return count > 0
