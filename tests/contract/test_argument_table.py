@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from backends import arguments
 from backends.engine import LaunchSpec, Role
 from backends.vllm_args import engine_args
+from dynamo_ray import recipes
+from dynamo_ray.cluster.launches import first_launches
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -44,3 +47,22 @@ def test_what_the_adapter_starts_comes_back_from_the_engines_own_command_line(in
             assert {key: found[key] for key in value} == value
         elif name != "model":
             assert getattr(parsed, name) == value, name
+
+
+def test_the_engines_own_parser_takes_every_recipes_command_line(installed: arguments.Table) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("--headless", action="store_true")
+    taken = 0
+    for recipe in recipes.read():
+        config = recipe.config
+        if config.backend != "vllm" or arguments.table("vllm", str(config.engine_version)) is not installed:
+            continue
+        for launch in (launch for role in config.roles for launch in first_launches(config, role)):
+            words = [re.sub(r"<port(\+\d+)?>", "1", word) for word in launch.plan.command[3:]]
+            made = AsyncEngineArgs.from_cli_args(parser.parse_args(words))
+            assert made.data_parallel_size == config.roles[launch.role].parallelism.attn_dp
+            taken += 1
+    assert taken > 12
