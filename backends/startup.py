@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from backends import model_folder
 from backends.engine import EngineStartError, LaunchSpec
 
 T = TypeVar("T")
@@ -47,8 +48,10 @@ def check_model(spec: LaunchSpec) -> None:
     Raises:
         EngineStartError: Names the field.
     """
-    if not Path(spec.model_path, "config.json").is_file():
-        raise EngineStartError(f"model.path: {spec.model_path} holds no config.json on this node")
+    weights = spec.engine_args.get("load_format") != "dummy"
+    lacks = model_folder.problem(Path(spec.model_path), weights)
+    if lacks is not None:
+        raise EngineStartError(f"model.path: {lacks} (on this node)")
     for name, folder in spec.loras.items():
         if not Path(folder, "adapter_config.json").is_file():
             raise EngineStartError(f"model.loras.{name}: {folder} holds no adapter_config.json on this node")

@@ -308,6 +308,29 @@ def model(
         raise PreflightError((Problem("KEY", str(error)),)) from error
 
 
+@app.command()
+def download(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE|FILE",
+            help="org/name (Hugging Face), s3://bucket/prefix or a folder; or a `serve run` file, for its model.path.",
+        ),
+    ],
+    folder: Annotated[Path | None, typer.Argument(help="Where a SOURCE is put.", show_default=False)] = None,
+    other: Annotated[str | None, typer.Option("--from", help="A file's SOURCE, in place of its model.name.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub; without it, main.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Paths to leave out, such as 'original/*'; may be given again.")
+    ] = None,
+) -> None:
+    """Bring a model's files, resumed and verified; run again, only what is missing or has changed."""
+    from dynamo_ray.cli import downloading
+
+    for one in downloading.wanted(what, folder, other):
+        downloading.run(one, revision, exclude or [], lambda line: typer.echo(line, err=True))
+
+
 def _on_ray(address: str) -> list[state.Running]:
     from dynamo_ray.cli import serving
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 from ray._private.utils import estimate_available_memory
 
+from backends import model_folder
 from dynamo_ray import models
 from dynamo_ray.cli.checked import CheckedFile
 from dynamo_ray.cluster.workload import worker_groups
@@ -90,15 +91,15 @@ def _check_model(field: str, config: DeploymentConfig, progress: Callable[[str],
             return [Problem(f"{field}.model.path", f"{folder} cannot be made: {error}")]
     if not folder.is_dir():
         known = ", ".join(models.KNOWN)
-        return [
-            Problem(
-                f"{field}.model.path",
-                f"there is no folder {folder}; give the model's, or make one of {known} with `dynamo-ray model KEY`",
-            )
-        ]
-    needed = ("tokenizer.json",) if config.backend == "simulated" else ("config.json", "tokenizer.json")
-    missing = [name for name in needed if not (folder / name).is_file()]
-    return [Problem(f"{field}.model.path", f"{folder} has no {' and no '.join(missing)}")] if missing else []
+        advice = f"bring it with `dynamo-ray download`, or make one of {known} with `dynamo-ray model KEY`"
+        return [Problem(f"{field}.model.path", f"there is no folder {folder}; {advice}")]
+    if not (folder / "tokenizer.json").is_file():
+        return [Problem(f"{field}.model.path", f"{folder} has no tokenizer.json")]
+    if config.backend == "simulated":
+        return []
+    weights = any(role.engine_args.get("load_format") != "dummy" for role in config.roles.values())
+    lacks = model_folder.problem(folder, weights)
+    return [] if lacks is None else [Problem(f"{field}.model.path", lacks)]
 
 
 def free_here() -> Resources:

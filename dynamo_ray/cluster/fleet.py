@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from backends.engine import Command
 from dynamo_ray.cluster import gang as gangs
+from dynamo_ray.cluster import model_check
 from dynamo_ray.cluster.commands import Teller
 from dynamo_ray.cluster.gang import Gang, group_name
 from dynamo_ray.cluster.lifecycle import (
@@ -76,6 +77,9 @@ class Fleet:
             try:
                 topology = await asyncio.to_thread(reserve.observe, busy, self._config.placement.leaf_label)
                 placement = place(topology, self.works[worker].group, worker, self._placements)
+                lacks = await model_check.problem(self._config, self.works[worker], placement)
+                if lacks is not None:
+                    return NotReserved(worker, lacks)
                 name = group_name(self._app, worker)
                 self._reservations[worker] = await reserve.reserve(name, placement)
             except (PlacementError, ReservationError, TopologyError) as error:
