@@ -160,15 +160,37 @@ class ApproximateConfig(_Frozen):
     """Per rank; the least recently sent are forgotten first."""
 
 
+class SloConfig(_Frozen):
+    """What `latency` keeps requests within, where it can; None: no limit, only as soon as possible."""
+
+    ttft_s: PositiveFloat | None = None
+    """Until the first token."""
+    itl_s: PositiveFloat | None = None
+    """Between two tokens."""
+
+
 class RouterConfig(_Frozen):
-    policy: str = Field(default="blocks", min_length=1)
+    policy: str = Field(default="latency", min_length=1)
     """A policy's name (see dynamo_ray.routing.policies), or `module:attribute` of the user's own."""
     policy_args: dict[str, Any] = {}
     """Keyword arguments of a user's own policy."""
+    slo: SloConfig = SloConfig()
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """Of `random`."""
     overlap_score_credit: NonNegativeFloat = 1.0
-    """How much of a cached prompt block counts as already computed."""
+    """Of `blocks`, as all below. How much of a cached prompt block counts as already computed."""
+    overlap_score_credit_decay: NonNegativeFloat = 0.0
+    """Divides that credit by 1 + this * the queue's excess over the shortest one, in prompts like this."""
+    host_cache_hit_weight: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """How much of a block in host memory counts as already computed."""
+    disk_cache_hit_weight: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """The same of slower tiers."""
     prefill_load_scale: NonNegativeFloat = 1.0
     """Weight of prompt blocks to compute against blocks being held."""
+    decode_active_request_weight: NonNegativeFloat = 0.0
+    """Blocks that a request counts for beyond those it holds."""
+    router_temperature: NonNegativeFloat = 0.0
+    """0: the lowest cost. Above: drawn by softmax of the costs brought to [0, 1]."""
     approximate: ApproximateConfig = ApproximateConfig()
     """For workers that tell no KV events, and for all with `events: none`."""
     queue: QueueConfig | None = QueueConfig()

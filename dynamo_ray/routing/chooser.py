@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,17 +13,25 @@ from backends.engine import HandoffStyle, RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import RouterConfig
 from dynamo_ray.routing.approximate import RoutedPrefixes
-from dynamo_ray.routing.kv_index import KVIndex
+from dynamo_ray.routing.choice import Choice, Pick, Reasons, explain
+from dynamo_ray.routing.kv_index import KVIndex, Overlap, Runs
 from dynamo_ray.routing.load import Booking, LoadTable
+from dynamo_ray.routing.pending import PendingPrefixes
 from dynamo_ray.routing.policies import resolve
-from dynamo_ray.routing.policy import Ask, Floats, Leg, Policy, Pool, pick, total
+from dynamo_ray.routing.policy import Ask, Leg, Policy, Pool, pick, pick_pair, total
 from dynamo_ray.routing.ranks import Holder, Ranks
+from dynamo_ray.routing.speeds import Speeds
+
+__all__ = ["Booked", "Choice", "Chooser", "Pick", "WorkerFacts"]
 
 log = logging.getLogger(__name__)
 
-FALLBACK = Policy(lambda leg: leg.num_requests, reads_overlap=False)
 MAX_POOLS = 256
 """Sets of candidates remembered; retries make new ones by leaving out what failed."""
+EVENT_GRACE_S = 0.25
+"""A prefix that was being computed counts for so long after it is, until the engine's own event tells of it."""
+FALLBACK = Policy(lambda leg: leg.num_requests, reads_overlap=False)
+NOWHERE = Overlap([], [], [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,75 +57,107 @@ class WorkerFacts:
     def holders(self) -> list[Holder]:
         return [Holder(self.name, self.epoch, rank) for rank in range(self.attn_dp_size)]
 
-
-@dataclass(slots=True, eq=False)
-class Pick:
-    """The rank chosen for one leg, and what it was chosen from."""
-
-    leg: Leg
-    costs: Floats
-    place: int
-    """Of the chosen candidate."""
-
     @property
-    def holder(self) -> Holder:
-        return self.leg.pool.holders[self.place]
-
-    @property
-    def cost(self) -> float:
-        return float(self.costs[self.place])
-
-    @property
-    def overlap_blocks(self) -> int:
-        """Leading prompt blocks that the rank holds."""
-        return int(self.leg.device_blocks[self.place])
-
-    @property
-    def uncached_tokens(self) -> int:
-        """Prompt tokens that the rank computes; 0 on a decode leg."""
-        if not self.leg.computes_prompt:
-            return 0
-        return max(1, self.leg.prompt_tokens - self.overlap_blocks * self.leg.block_size)
-
-
-@dataclass(slots=True, eq=False)
-class Choice:
-    """Where a request should go; nothing is counted until it is booked."""
-
-    prefill: Pick | None
-    """None: the decode rank computes the prompt itself."""
-    decode: Pick
+    def group(self) -> str:
+        return self.lockstep_group or self.name
 
 
 class Booked:
-    """A choice that counts, until `free`. Every method may be called again, and after `free`, to no effect."""
+    """A choice that counts, until `free`. Every method may be called again, and after `free`, to no effect.
 
-    __slots__ = ("_decode", "_prefill", "_table", "choice")
+    What it took teaches `Speeds`: call each method when it happens.
+    """
 
-    def __init__(self, choice: Choice, table: LoadTable, prefill: Booking | None, decode: Booking) -> None:
+    __slots__ = (
+        "_booked_s",
+        "_chooser",
+        "_coming",
+        "_decode",
+        "_done_s",
+        "_first_s",
+        "_groups",
+        "_prefill",
+        "choice",
+        "predicted",
+    )
+
+    def __init__(
+        self, chooser: Chooser, choice: Choice, prefill: Booking | None, decode: Booking, now_s: float
+    ) -> None:
         self.choice = choice
-        self._table = table
-        self._prefill = prefill
-        self._decode = decode
+        """Until the first token: it holds arrays over all candidates."""
+        self.predicted = choice.predict()
+        """Its ttft_s and itl_s are what to hold the observed ones against."""
+        self._chooser = chooser
+        self._prefill, self._decode = prefill, decode
+        self._booked_s = now_s
+        self._done_s: float | None = None
+        self._first_s: float | None = None
+        self._coming = chooser._begin(choice.prefill or choice.decode, prefill or decode)
+        """Prompt blocks whose computing others may count on."""
+        first = choice.prefill
+        self._groups = ("" if first is None else first.group, choice.decode.group)
+
+    @property
+    def _computing(self) -> Booking:
+        return self._prefill or self._decode
 
     def prefill_done(self, now_s: float) -> None:
         """The prefill rank is free of this prompt, though its KV may still wait there."""
-        if self._prefill is not None:
-            self._table.free(self._prefill)
+        if self._done_s is None and self._computing.column is not None:
+            self._done_s = now_s
+            if self._prefill is not None:
+                self._learn_prefill(now_s - self._booked_s)
+            self._settle(now_s)
 
     def first_token(self, now_s: float) -> None:
         """Nothing of the prompt is left to compute."""
-        self.prefill_done(now_s)
-        self._table.prefilled(self._decode)
+        if self._first_s is not None or self._decode.column is None:
+            return
+        self._first_s = now_s
+        speeds, predicted = self._chooser.speeds, self.predicted
+        if self._done_s is not None and self._prefill is not None:
+            taken_s = now_s - self._done_s - predicted.itl_s
+            speeds.handed_over(self._groups, predicted.moved_tokens, taken_s)
+        elif self._prefill is not None:
+            self._learn_prefill(now_s - self._booked_s - speeds.link(predicted.moved_tokens) - predicted.itl_s)
+        else:
+            self._learn_prefill(now_s - self._booked_s)
+        self._settle(now_s)
+        self._chooser.table.prefilled(self._decode)
+        del self.choice
 
     def free(self, now_s: float, generated_tokens: int = 0) -> None:
         """Count it out. `generated_tokens`: how many came, of a request that ended well; 0 teaches nothing."""
-        self.prefill_done(now_s)
-        self._table.free(self._decode)
+        if self._first_s is not None and self._decode.column is not None and generated_tokens >= MIN_ANSWER_TOKENS:
+            role = Role.AGGREGATED if self._prefill is None else Role.DECODE
+            itl_s = (now_s - self._first_s) / (generated_tokens - 1)
+            self._chooser.speeds.stepped(role, self._groups[1], self.predicted.step_tokens, itl_s, generated_tokens)
+        self._settle(None)
+        self._chooser.table.free(self._decode)
+
+    def _learn_prefill(self, seconds: float) -> None:
+        role, group = (Role.AGGREGATED, 1) if self._prefill is None else (Role.PREFILL, 0)
+        if seconds > 0:
+            self._chooser.speeds.prefilled(role, self._groups[group], self.predicted.prefill_tokens, seconds)
+
+    def _settle(self, now_s: float | None) -> None:
+        """The prompt is computed (None: will not be): others count on it no longer, its rank is rid of it."""
+        coming, self._coming = self._coming, None
+        if coming:
+            self._chooser._end(self._computing.column, coming, now_s)
+        if self._prefill is not None:
+            self._chooser.table.free(self._prefill)
+
+
+MIN_ANSWER_TOKENS = 8
+"""Shorter answers tell little of the time between two tokens."""
 
 
 class Chooser:
-    """Index, load and policy of one application. `choose` only looks; `book` counts, and `Booked.free` undoes that."""
+    """Index, load, speeds and policy of one application. `choose` only looks; `book` counts, and `Booked.free` undoes
+    that.
+    """
 
     def __init__(self, model: str, config: RouterConfig | None = None) -> None:
         """Raises ValueError when the configuration names no policy; see `policies.resolve`."""
@@ -126,7 +166,9 @@ class Chooser:
         self.ranks = Ranks()
         self.index = KVIndex(model, self.ranks)
         self.guesses = RoutedPrefixes(self.ranks, self.config.approximate.ttl_s, self.config.approximate.max_blocks)
+        self.pending = PendingPrefixes()
         self.table = LoadTable(self.ranks)
+        self.speeds = Speeds()
         self.num_policy_errors = 0
         """Legs that a policy could not place, which then went to the rank with the fewest requests."""
         self.num_legs: Counter[Holder] = Counter()
@@ -136,19 +178,22 @@ class Chooser:
         self._silent = 0
         self._turns: Counter[Role] = Counter()
         self._pools: dict[int, Pool] = {}
+        self._computed: deque[tuple[float, int, Sequence[int]]] = deque()
+        """(until when, column, blocks) of prompts just computed."""
 
     def up(self, facts: WorkerFacts) -> None:
         """Know a worker; an older incarnation of it goes down."""
         older = self._workers.get(facts.name)
         if older is not None:
             self.down(facts.name, older[0].epoch)
-        mask = 0
+        columns = []
         for holder in facts.holders:
-            column = self.ranks.add(holder)
+            columns.append(self.ranks.add(holder))
             self.index.add_holder(holder)
             self.table.add_holder(holder, facts.role, facts.block_size)
-            self._of_column[column] = facts
-            mask |= 1 << column
+            self._of_column[columns[-1]] = facts
+        mask = sum(1 << column for column in columns)
+        self.speeds.up(facts.group, columns)
         self._workers[facts.name] = facts, mask
         self._pools.clear()
         if facts.caches_prefixes and not facts.tells_events:
@@ -159,17 +204,18 @@ class Chooser:
         known = self._workers.get(worker)
         if known is None or known[0].epoch != epoch:
             return
-        del self._workers[worker]
-        facts, mask = known
+        facts, mask = self._workers.pop(worker)
         self._silent &= ~mask
-        for holder in facts.holders:
+        columns = [column for column in map(self.ranks.column, facts.holders) if column is not None]
+        self._computed = deque(entry for entry in self._computed if entry[1] not in columns)
+        self.speeds.down(facts.group, columns)
+        for column, holder in zip(columns, facts.holders, strict=True):
             self.index.remove_holder(holder)
             self.table.remove_holder(holder)
             self.guesses.remove_holder(holder)
+            self.pending.remove_rank(column)
             self.num_legs.pop(holder, None)
-            column = self.ranks.column(holder)
-            if column is not None:
-                del self._of_column[column]
+            del self._of_column[column]
             self.ranks.remove(holder)
         self._pools.clear()
 
@@ -205,7 +251,7 @@ class Chooser:
             self.guesses.remove_holder(holder)
 
     def choose(self, ask: Ask, prefill: int | None, decode: int, now_s: float) -> Choice:
-        """The ranks to take. Changes nothing, but for the count of policy errors.
+        """The ranks to take. Changes nothing but what expires by itself, and the count of policy errors.
 
         Args:
             prefill: mask of the ranks that may compute the prompt; None: whichever decodes it does.
@@ -214,27 +260,60 @@ class Chooser:
         Raises:
             ValueError: A mask names no known rank.
         """
-        first = None if prefill is None else self._pick(self._leg(Role.PREFILL, ask, prefill, now_s))
-        role = Role.AGGREGATED if prefill is None else Role.DECODE
-        return Choice(first, self._pick(self._leg(role, ask, decode, now_s)))
+        self._forget_computed(now_s)
+        found = self._overlap(ask, self._pool(decode), decode | (prefill or 0), now_s)
+        if prefill is None:
+            return Choice(None, self._pick(self._leg(Role.AGGREGATED, ask, decode, found)))
+        if self._block_size(self._pool(prefill)) != self._block_size(self._pool(decode)):
+            found_there = self._overlap(ask, self._pool(prefill), prefill, now_s)
+        else:
+            found_there = found
+        first = self._pick(self._leg(Role.PREFILL, ask, prefill, found_there))
+        return self._pair(first, self._pick(self._leg(Role.DECODE, ask, decode, found)))
 
     def book(self, choice: Choice, now_s: float) -> Booked:
         """Count a choice in. Whoever books calls `Booked.free`, on every path."""
         prefill = None if choice.prefill is None else self._book(choice.prefill, now_s)
-        return Booked(choice, self.table, prefill, self._book(choice.decode, now_s))
+        return Booked(self, choice, prefill, self._book(choice.decode, now_s), now_s)
+
+    def explain(self, choice: Choice) -> Reasons:
+        """Every candidate with what it holds, carries and costs, by cause; which one, and why."""
+        return explain(self.config.policy, choice)
 
     def _book(self, picked: Pick, now_s: float) -> Booking:
         leg, holder = picked.leg, picked.holder
         self._turns[leg.role] += 1
         self.num_legs[holder] += 1
-        if leg.computes_prompt and self.policy.reads_overlap and self.is_guessed(holder):
+        if leg.computes_prompt and self._silent and self.policy.reads_overlap and self.is_guessed(holder):
             self.guesses.routed(holder, leg.ask.hashes(leg.block_size), now_s)
         return self.table.book(holder, picked.uncached_tokens, leg.prompt_blocks * leg.block_size)
+
+    def _begin(self, computing: Pick, booking: Booking) -> list[int] | None:
+        """Let others count on what this one will compute."""
+        leg, column = computing.leg, booking.column
+        if column is None or not self.policy.reads_coming or not self.policy.reads_overlap:
+            return None
+        if not self._of_column[column].caches_prefixes:
+            return None
+        return self.pending.add(column, leg.ask.hashes(leg.block_size), computing.overlap_blocks)
+
+    def _end(self, column: int | None, blocks: Sequence[int], now_s: float | None) -> None:
+        if column is None:
+            return
+        if now_s is None:
+            self.pending.remove(column, blocks)
+        else:
+            self._computed.append((now_s + EVENT_GRACE_S, column, blocks))
+
+    def _forget_computed(self, now_s: float) -> None:
+        while self._computed and self._computed[0][0] <= now_s:
+            _, column, blocks = self._computed.popleft()
+            self.pending.remove(column, blocks)
 
     def _pool(self, mask: int) -> Pool:
         pool = self._pools.get(mask)
         if pool is None:
-            members = [(self._group(c), h.dp_rank, c, h) for c, h in self._members(mask)]
+            members = [(self._of_column[c].group, h.dp_rank, c, h) for h, c in self._known(mask)]
             if not members:
                 raise ValueError("no known rank is in the mask")
             members.sort(key=lambda member: member[:3])
@@ -245,45 +324,60 @@ class Chooser:
             self._pools[mask] = pool
         return pool
 
-    def _group(self, column: int) -> str:
-        return self._of_column[column].lockstep_group or self._of_column[column].name
+    def _known(self, mask: int) -> list[tuple[Holder, int]]:
+        pairs = ((holder, self.ranks.column(holder)) for holder in self.ranks.in_mask(mask))
+        return [(holder, column) for holder, column in pairs if column in self._of_column and column is not None]
 
-    def _members(self, mask: int) -> Iterable[tuple[int, Holder]]:
-        for holder in self.ranks.in_mask(mask):
-            column = self.ranks.column(holder)
-            if column is not None:
-                yield column, holder
+    def _block_size(self, pool: Pool) -> int:
+        return self._of_column[pool.first_column].block_size
 
-    def _leg(self, role: Role, ask: Ask, mask: int, now_s: float) -> Leg:
+    def _leg(self, role: Role, ask: Ask, mask: int, found: tuple[Overlap, Runs]) -> Leg:
         pool = self._pool(mask)
-        block_size = self._of_column[int(pool.columns[0])].block_size
         queued, requests, kv = self.table.values.take(pool.columns, axis=1)
-        depths = self._depths(pool, mask, ask, block_size, now_s)
-        return Leg(role, ask, block_size, self._turns[role], pool, queued, requests, kv, *depths)
+        held, coming_runs = found
+        device = pool.depths(held.device)
+        host = np.maximum(device, pool.depths(held.host)) if held.host else device
+        disk = np.maximum(host, pool.depths(held.disk)) if held.disk else host
+        coming = np.maximum(device, pool.depths(coming_runs)) if coming_runs else device
+        size, turn = self._block_size(pool), self._turns[role]
+        return Leg(role, ask, size, turn, pool, queued, requests, kv, device, host, disk, coming, self.speeds)
 
-    def _depths(self, pool: Pool, mask: int, ask: Ask, block_size: int, now_s: float) -> tuple[Floats, Floats, Floats]:
-        """Leading blocks on the device, on the host or faster, and on any tier, of each candidate."""
+    def _overlap(self, ask: Ask, pool: Pool, mask: int, now_s: float) -> tuple[Overlap, Runs]:
+        """What the ranks of the mask hold of the prompt, and what they are computing of it."""
         if not self.policy.reads_overlap:
-            none = pool.depths(())
-            return none, none, none
-        hashes = ask.hashes(block_size)
+            return NOWHERE, []
+        hashes = ask.hashes(self._block_size(pool))
         found = self.index.lookup(hashes, mask & ~self._silent)
-        device = pool.depths(found.device)
         if self._silent:
-            pool.set_depths(device, self.guesses.lookup(hashes, now_s, self._silent & mask))
-        host = np.maximum(device, pool.depths(found.host)) if found.host else device
-        return device, host, np.maximum(host, pool.depths(found.disk)) if found.disk else host
+            guessed = self.guesses.lookup(hashes, now_s, self._silent & mask)
+            found = Overlap([*found.device, *guessed], found.host, found.disk)
+        coming = self.pending.lookup(hashes, mask) if self.policy.reads_coming and len(self.pending) else []
+        return found, coming
 
     def _pick(self, leg: Leg) -> Pick:
         try:
-            costs = total(self.policy, leg)
-            return Pick(leg, costs, pick(self.policy, leg, costs))
-        except Exception as error:  # a user's code can raise anything, and the request must go on
-            if not self.num_policy_errors:
-                log.error(
-                    "policy %s failed; such legs go where the fewest requests are (counted, and logged once)",
-                    self.config.policy,
-                    exc_info=error,
-                )
-            self.num_policy_errors += 1
-            return Pick(leg, leg.num_requests, pick(FALLBACK, leg, leg.num_requests))
+            costs, terms = total(self.policy, leg)
+            return Pick(leg, costs, terms, pick(self.policy, leg, costs))
+        except Exception as error:  # noqa: BLE001 - a user's code can raise anything, and the request must go on
+            self._count(error)
+            costs, terms = total(FALLBACK, leg)
+            return Pick(leg, costs, terms, pick(FALLBACK, leg, costs))
+
+    def _pair(self, first: Pick, second: Pick) -> Choice:
+        try:
+            places = pick_pair(self.policy, first.leg, first.costs, second.leg, second.costs)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._count(error)
+            places = None
+        if places is not None:
+            first.place, second.place = places
+        return Choice(first, second)
+
+    def _count(self, error: Exception) -> None:
+        if not self.num_policy_errors:
+            log.error(
+                "policy %s failed; such legs go where the fewest requests are (counted, and logged once)",
+                self.config.policy,
+                exc_info=error,
+            )
+        self.num_policy_errors += 1

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 from backends.engine import Role
 from dynamo_ray.routing.block_hash import block_hashes
+from dynamo_ray.routing.kv_index import Runs
 from dynamo_ray.routing.ranks import Holder
+from dynamo_ray.routing.speeds import Speeds
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-Runs = Sequence[tuple[int, int]]
-"""(mask of ranks, depth): those ranks hold exactly `depth` leading blocks; no rank is in two masks."""
+Places = NDArray[np.intp]
 
 FEW_BITS = 12
 """Up to so many ranks of a mask are faster one by one than as an array."""
@@ -51,17 +53,30 @@ class Pool:
     def __init__(self, columns: Sequence[int], holders: Sequence[Holder], groups: Sequence[str], kv: Sequence[int]):
         self.holders = tuple(holders)
         self.columns = np.array(columns, dtype=np.intp)
+        self.first_column = columns[0]
         self.kv_total_tokens: Floats = np.array(kv, dtype=np.float64)
+        self.least_kv_tokens = float(self.kv_total_tokens.min())
+        self.groups = tuple(groups)
+        """The name of each one's lockstep group."""
         numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
         self.lockstep = len(numbers) < len(groups)
         """Whether any of them step together."""
         self.group = np.array([numbers[name] for name in groups], dtype=np.intp)
         self.group_starts = np.flatnonzero(np.diff(self.group, prepend=-1))
+        self._hashes: NDArray[np.uint64] | None = None
         self._width = max(columns, default=0) + 1
         self._place = dict(zip(columns, range(len(columns)), strict=True))
 
     def __len__(self) -> int:
         return len(self.holders)
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """Of each one's name and rank: the same in every process, and after a restart."""
+        if self._hashes is None:
+            names = (f"{holder.worker} {holder.dp_rank}".encode() for holder in self.holders)
+            self._hashes = np.array([xxh3_64_intdigest(name) for name in names], dtype=np.uint64)
+        return self._hashes
 
     def slowest(self, values: Floats) -> Floats:
         """For each rank, the greatest value among those that step with it."""
@@ -110,11 +125,15 @@ class Leg:
     kv_tokens: Floats
     """Tokens whose KV each holds for requests."""
     device_blocks: Floats
-    """Leading prompt blocks each holds where its engine can use them at once, or is about to."""
+    """Leading prompt blocks each holds where its engine can use them at once."""
     host_blocks: Floats
     """The same, counting those in host memory in; never less than `device_blocks`."""
     disk_blocks: Floats
     """The same, counting every tier in."""
+    coming_blocks: Floats
+    """`device_blocks`, counting those in that the rank is computing, or is about to, for requests before this one: it
+    will have them when it comes to this one."""
+    speeds: Speeds
 
     @property
     def holders(self) -> tuple[Holder, ...]:
@@ -137,7 +156,12 @@ class Leg:
     @property
     def uncached_tokens(self) -> Floats:
         """Prompt tokens each would have to compute (a decode leg: to be handed); the last one it computes always."""
-        return np.maximum(len(self.ask.token_ids) - self.block_size * self.device_blocks, 1.0)
+        return np.maximum(len(self.ask.token_ids) - self.block_size * self.coming_blocks, 1.0)
+
+    @property
+    def slowness(self) -> Floats | float:
+        """Seconds each takes over what `speeds` says of its role; 1.0 where all are alike."""
+        return self.speeds.slowness(self.pool.columns)
 
 
 Costs = Floats | Mapping[str, Floats]
@@ -160,6 +184,11 @@ def cheapest(leg: Leg, costs: Floats) -> int:
     return int(equal[leg.turn % len(equal)])
 
 
+Pairing = Callable[[Leg, Places, Leg, Places], Floats | None]
+"""(prefill leg, some of its candidates, decode leg, some of its) -> what each pair costs beyond its two costs, a row a
+prefill candidate; None: the legs do not depend on one another this time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Filters, a scorer, a picker. `Policy(score)` is what a plain function stands for."""
@@ -167,22 +196,35 @@ class Policy:
     score: Scorer
     filters: tuple[Filter, ...] = ()
     pick: Picker = cheapest
+    pair: Pairing | None = None
+    """Weighs the `SHORTLIST` cheapest of both legs as pairs."""
     reads_overlap: bool = True
     """False: prompts are neither hashed nor looked up for it."""
+    reads_coming: bool = True
+    """False: `coming_blocks` are `device_blocks`, and what is being computed does not count."""
+
+
+SHORTLIST = 4
 
 
 class Nonsense(ValueError):
     """A policy's answer that names no candidate; the message says what it was."""
 
 
-def total(policy: Policy, leg: Leg) -> Floats:
-    """The policy's cost for each candidate, filtered ones at inf.
+Terms = Mapping[str, Floats]
+
+
+def total(policy: Policy, leg: Leg) -> tuple[Floats, Terms]:
+    """The policy's cost for each candidate, filtered ones at inf, and what it is made of.
 
     Raises:
         Nonsense: It is not one number for each, or there is none that may be taken.
     """
     scored = policy.score(leg)
-    costs = sum(scored.values()) if isinstance(scored, Mapping) else scored
+    terms = scored if isinstance(scored, Mapping) else {"cost": scored}
+    costs: Floats | int = 0
+    for term in terms.values():
+        costs = costs + term
     for allows in policy.filters:
         costs = np.where(allows(leg), costs, np.inf)
     if not isinstance(costs, np.ndarray) or costs.shape != (len(leg.pool),):
@@ -191,7 +233,7 @@ def total(policy: Policy, leg: Leg) -> Floats:
     least = float(costs.min())
     if not -np.inf < least < np.inf:
         raise Nonsense(f"the lowest cost is {least}: no candidate can be taken")
-    return costs
+    return costs, terms
 
 
 def pick(policy: Policy, leg: Leg, costs: Floats) -> int:
@@ -202,5 +244,32 @@ def pick(policy: Policy, leg: Leg, costs: Floats) -> int:
     """
     place = policy.pick(leg, costs)
     if not 0 <= place < len(costs) or costs[place] == np.inf:
-        raise Nonsense(f"picked {place} of {len(costs)} candidates, at cost {costs[place : place + 1]}")
+        raise Nonsense(f"picked {place} of {len(costs)} candidates")
     return place
+
+
+def pick_pair(policy: Policy, prefill: Leg, first: Floats, decode: Leg, second: Floats) -> tuple[int, int] | None:
+    """The cheapest pair of the shortlists; None where each leg is best placed by itself.
+
+    Raises:
+        Nonsense: The pairs' costs are no matrix of numbers, or all inf.
+    """
+    if policy.pair is None:
+        return None
+    rows, columns = _shortlist(first), _shortlist(second)
+    beyond = policy.pair(prefill, rows, decode, columns)
+    if beyond is None:
+        return None
+    costs = first[rows, None] + second[columns] + beyond
+    if costs.shape != (len(rows), len(columns)) or not -np.inf < costs.min() < np.inf:
+        raise Nonsense(f"pairs cost {costs}")
+    row, column = divmod(int(costs.argmin()), len(columns))
+    return int(rows[row]), int(columns[column])
+
+
+def _shortlist(costs: Floats) -> Places:
+    """The cheapest, in order."""
+    if len(costs) <= SHORTLIST:
+        return costs.argsort()
+    few = costs.argpartition(SHORTLIST)[:SHORTLIST]
+    return few[costs[few].argsort()]

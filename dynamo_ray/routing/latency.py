@@ -1,0 +1,147 @@
+"""The default policy: the seconds a request will take on each rank, by what ranks of its role have been seen to take.
+
+Costs are in seconds. Per (prefill or aggregated) rank: the queue ahead, the prompt's own uncached tokens, and what
+computing them costs those who come behind. Per (decode or aggregated) rank: the time between two tokens once the
+request is in, for as many tokens as answers have, and the wait for KV room. Ranks of one engine step together, so that
+each waits for the slowest of them. Prefill and decode are chosen as a pair where they depend on one another.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from backends.engine import Role
+from dynamo_ray.config import SloConfig
+from dynamo_ray.routing.policy import Floats, Leg, Places
+
+WORK_WEIGHT = 1.0
+"""Seconds that later requests wait, for each second that this one computes: what makes a cached prefix worth more than
+it saves this request, and keeps one prefix on few ranks, since every copy pushes out another."""
+LOCKSTEP_TOKENS = 8192
+"""Prompt tokens a rank computes in one step at most: for so many of the slowest rank's tokens the others wait too
+(SGLang's and vLLM's default chunk on large GPUs)."""
+REQUEST_TOKENS = 1024
+"""A running request costs a decode step as much as the KV of so many tokens: its own row in every layer."""
+OWN_SHARE = 0.1
+"""Weight of a rank's own decode load beside its group's slowest: below that one, all would cost the same."""
+LATE_WEIGHT = 5.0
+"""What a second beyond an SLO costs more than one within it."""
+
+
+def latency(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
+    """Seconds by cause, for each candidate."""
+    terms = {}
+    slow = leg.slowness
+    if leg.computes_prompt:
+        line = leg.speeds.prefill[leg.role]
+        own = leg.uncached_tokens
+        compute_s = own * (line.s_per_token * slow)
+        wait_s = tokens_ahead(leg, own) * (line.s_per_token * slow)
+        terms["wait_s"] = wait_s
+        terms["compute_s"] = compute_s
+        terms["work_s"] = WORK_WEIGHT * compute_s
+        if slo.ttft_s is not None:
+            late_s = np.maximum(wait_s + compute_s - (slo.ttft_s - line.overhead_s), 0.0)
+            terms["late_s"] = LATE_WEIGHT * late_s
+    if leg.role is not Role.PREFILL:
+        step_s = slow * (leg.speeds.step[leg.role].s_per_token * step_tokens(leg))
+        num_tokens = min(leg.ask.max_tokens, leg.speeds.answer_tokens)
+        terms["decode_s"] = num_tokens * step_s
+        if slo.itl_s is not None:
+            late_s = np.maximum(step_s - (slo.itl_s - leg.speeds.step[leg.role].overhead_s), 0.0)
+            terms["late_itl_s"] = (LATE_WEIGHT * num_tokens) * late_s
+        room_s = wait_for_room_s(leg)
+        if room_s is not None:
+            terms["room_s"] = room_s
+    if leg.role is Role.DECODE:
+        terms["handoff_s"] = leg.uncached_tokens * leg.speeds.link.s_per_token
+    return terms
+
+
+def tokens_ahead(leg: Leg, own: Floats) -> Floats:
+    """Prompt tokens whose computing each candidate sits through before its own."""
+    queued = leg.queued_tokens
+    if not leg.pool.lockstep:
+        return queued
+    mine = queued + own
+    return np.minimum(np.maximum(mine, leg.pool.slowest(queued)), mine + LOCKSTEP_TOKENS) - own
+
+
+def step_tokens(leg: Leg) -> Floats:
+    """What each candidate's step would have to read, in tokens of KV, with this request in."""
+    own = leg.kv_tokens + REQUEST_TOKENS * leg.num_requests + (leg.prompt_tokens + REQUEST_TOKENS)
+    if not leg.pool.lockstep:
+        return own
+    return np.maximum(own, leg.pool.slowest(own - (leg.prompt_tokens + REQUEST_TOKENS))) + OWN_SHARE * own
+
+
+def wait_for_room_s(leg: Leg) -> Floats | None:
+    """Seconds until each candidate has KV room for the prompt, if its requests end evenly; None: all have it now."""
+    needed = leg.kv_tokens + leg.prompt_tokens
+    if needed.max() <= leg.pool.least_kv_tokens:
+        return None
+    lacking = np.maximum(needed - leg.pool.kv_total_tokens, 0.0)
+    life_s = leg.speeds.answer_tokens * leg.speeds.step[leg.role](float(needed.max()))
+    return life_s * lacking / np.maximum(leg.kv_tokens, 1.0)
+
+
+def ready_s(leg: Leg, own: Floats) -> Floats:
+    """When each candidate has computed the prompt, from now."""
+    line = leg.speeds.prefill[leg.role]
+    return (line.overhead_s + line.s_per_token * (tokens_ahead(leg, own) + own)) * leg.slowness
+
+
+def pair(prefill: Leg, rows: Places, decode: Leg, columns: Places, slo: SloConfig) -> Floats | None:
+    """What a pair takes beyond both legs: its own link, and the SLO on both; less the waits that pass side by side."""
+    slow_links, room_s = decode.speeds.slow_links, wait_for_room_s(decode)
+    if room_s is None and slo.ttft_s is None and not slow_links:
+        return None
+    ready = ready_s(prefill, prefill.uncached_tokens)[rows, None]
+    room = np.zeros(len(columns)) if room_s is None else room_s[columns]
+    link_s = decode.speeds.link.overhead_s + decode.speeds.link.s_per_token * decode.uncached_tokens[columns]
+    excess = np.zeros((len(rows), len(columns)))
+    if slow_links:
+        for i, p in enumerate(rows.tolist()):
+            for j, d in enumerate(columns.tolist()):
+                excess[i, j] = slow_links.get((prefill.pool.groups[p], decode.pool.groups[d]), 1.0) - 1.0
+    excess *= link_s
+    beyond = excess - np.minimum(ready, room)
+    if slo.ttft_s is not None:
+        late_s = np.maximum(np.maximum(ready, room) + link_s + excess - slo.ttft_s, 0.0)
+        beyond += LATE_WEIGHT * (late_s - np.maximum(ready - slo.ttft_s, 0.0))
+    return beyond
+
+
+class Prediction(NamedTuple):
+    """What a placement is expected to take, and by what, so that what it took can teach `Speeds`."""
+
+    prefill_tokens: float
+    """Queued ahead, and the prompt's own."""
+    moved_tokens: float
+    """Handed over; 0 where one rank does both."""
+    step_tokens: float
+    ttft_s: float
+    itl_s: float
+
+
+def predict(prefill: tuple[Leg, int] | None, decode: tuple[Leg, int]) -> Prediction:
+    """Of each leg and the place chosen in it, whatever policy chose."""
+    leg, place = decode
+    speeds, step_load = leg.speeds, float(step_tokens(leg)[place])
+    itl_s = speeds.step[leg.role](step_load) * _at(leg.slowness, place)
+    computing, at = prefill or decode
+    own = computing.uncached_tokens
+    tokens = float(tokens_ahead(computing, own)[at] + own[at])
+    ttft_s = speeds.prefill[computing.role](tokens) * _at(computing.slowness, at)
+    moved = 0.0
+    if prefill is not None:
+        moved = float(leg.uncached_tokens[place])
+        groups = computing.pool.groups[at], leg.pool.groups[place]
+        ttft_s += speeds.link(moved) * speeds.slow_links.get(groups, 1.0) + itl_s
+    return Prediction(tokens, moved, step_load, ttft_s, itl_s)
+
+
+def _at(slowness: Floats | float, place: int) -> float:
+    return slowness if isinstance(slowness, float) else float(slowness[place])
