@@ -25,7 +25,7 @@ from dynamo_ray.request.wire import WorkerInfo, worker_of
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import chain_seed
 from dynamo_ray.routing.chooser import Booked, Choice, Chooser, Pick, WorkerFacts
-from dynamo_ray.routing.explanation import Explanation, attributes, brief, explain
+from dynamo_ray.routing.explanation import Explanation, attributes, brief
 from dynamo_ray.routing.policy import Ask
 from dynamo_ray.routing.ranks import Holder
 
@@ -154,7 +154,7 @@ class Router:
     def explain(self, attempt: Attempt) -> Explanation:
         """Where it would go now, were no rank busy; nothing is booked. Raises as `place` does."""
         choice = self._choose(self._ask(attempt), *self._candidates(attempt))
-        return explain(self._config.router.policy, self.chooser.policy, choice)
+        return self.chooser.explain(choice)
 
     def _tell(self, attempt: Attempt, choice: Choice) -> None:
         span = get_current_span()

@@ -13,7 +13,8 @@ from backends.engine import HandoffStyle, RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import RouterConfig
 from dynamo_ray.routing.approximate import RoutedPrefixes
-from dynamo_ray.routing.choice import Choice, Pick, Reasons, explain
+from dynamo_ray.routing.choice import Choice, Pick
+from dynamo_ray.routing.explanation import Explanation, explain
 from dynamo_ray.routing.kv_index import KVIndex, Overlap, Runs
 from dynamo_ray.routing.load import Booking, LoadTable
 from dynamo_ray.routing.pending import PendingPrefixes
@@ -276,7 +277,7 @@ class Chooser:
         prefill = None if choice.prefill is None else self._book(choice.prefill, now_s)
         return Booked(self, choice, prefill, self._book(choice.decode, now_s), now_s)
 
-    def explain(self, choice: Choice) -> Reasons:
+    def explain(self, choice: Choice) -> Explanation:
         """Every candidate with what it holds, carries and costs, by cause; which one, and why."""
         return explain(self.config.policy, choice)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import msgspec
 
-from dynamo_ray.routing.chooser import Choice, Pick
-from dynamo_ray.routing.policy import Floats, Leg, Policy
+from dynamo_ray.routing.choice import Choice, Pick
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -50,6 +48,8 @@ class Explanation(msgspec.Struct, frozen=True):
     prefill: LegExplanation | None
     """None: whoever decodes computes the prompt."""
     decode: LegExplanation
+    predicted_ttft_s: float
+    predicted_itl_s: float
 
 
 class ChosenRank(msgspec.Struct, frozen=True):
@@ -68,10 +68,11 @@ class Route(msgspec.Struct, frozen=True):
     decode: ChosenRank
 
 
-def explain(name: str, policy: Policy, choice: Choice) -> Explanation:
-    """`policy` is the one that chose, and `name` what the configuration calls it; takes as long as the choice did."""
-    prefill = None if choice.prefill is None else _leg(choice.prefill, policy)
-    return Explanation(name, prefill, _leg(choice.decode, policy))
+def explain(name: str, choice: Choice) -> Explanation:
+    """`name` is what the configuration calls the policy that chose. Speeds, for the predictions, are those of now."""
+    prefill = None if choice.prefill is None else _leg(choice.prefill)
+    predicted = choice.predict()
+    return Explanation(name, prefill, _leg(choice.decode), predicted.ttft_s, predicted.itl_s)
 
 
 def brief(name: str, choice: Choice) -> Route:
@@ -91,9 +92,8 @@ def _chosen(pick: Pick) -> ChosenRank:
     return ChosenRank(pick.holder.worker, pick.holder.dp_rank, pick.overlap_blocks, _number(pick.cost), _why(pick))
 
 
-def _leg(pick: Pick, policy: Policy) -> LegExplanation:
-    leg = pick.leg
-    terms = _terms(leg, policy)
+def _leg(pick: Pick) -> LegExplanation:
+    leg, terms = pick.leg, pick.terms
     costs = pick.costs.tolist()
     candidates = [
         Candidate(
@@ -103,7 +103,7 @@ def _leg(pick: Pick, policy: Policy) -> LegExplanation:
             place == pick.place,
             _number(costs[place]),
             {name: _number(float(values[place])) for name, values in terms.items()},
-            int(leg.device_blocks[place]),
+            int(leg.coming_blocks[place]),
             int(leg.host_blocks[place]),
             int(leg.disk_blocks[place]),
             int(leg.queued_tokens[place]),
@@ -114,14 +114,6 @@ def _leg(pick: Pick, policy: Policy) -> LegExplanation:
     ]
     candidates.sort(key=lambda c: (c.cost is None, c.cost or 0.0, not c.chosen))
     return LegExplanation(leg.prompt_tokens, leg.block_size, _why(pick), candidates)
-
-
-def _terms(leg: Leg, policy: Policy) -> Mapping[str, Floats]:
-    try:
-        scored = policy.score(leg)
-    except Exception:  # noqa: BLE001 - a user's; the router has logged it, and gone on without
-        return {}
-    return scored if isinstance(scored, Mapping) else {}
 
 
 def _why(pick: Pick) -> str:

@@ -63,7 +63,7 @@ class ScriptedService:
         self.asked.append(request)
         candidate = Candidate("w", 1, 0, True, 1.0, {}, 0, 0, 0, 0, 0, 0)
         leg = LegExplanation(len(request.token_ids), 16, "the only candidate", [candidate])
-        return Explanation("blocks", None, leg)
+        return Explanation("blocks", None, leg, 0.1, 0.01)
 
     async def generate(self, request: Generation) -> AsyncGenerator[TokenChunk]:
         self.asked.append(request)
