@@ -50,6 +50,8 @@ class KVEventBatch(msgspec.Struct, frozen=True):
     sequence: int
     dp_rank: int | None
     events: list[KVEvent]
+    published_unix_s: float | None = None
+    """By its publisher's clock; None where it does not say."""
 
 
 class KVEventDecodeError(ValueError):
@@ -249,7 +251,7 @@ def decoder(wire_format: str) -> Decoder:
             events: list[KVEvent] = [event.value() for event in batch.events if counts(event)]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise KVEventDecodeError(f"not a {wire_format} batch: {error}") from error
-        return KVEventBatch(int.from_bytes(frames[1], "big"), batch.dp_rank, events)
+        return KVEventBatch(int.from_bytes(frames[1], "big"), batch.dp_rank, events, batch.ts or None)
 
     return decode
 
@@ -277,5 +279,5 @@ def encode(batch: KVEventBatch) -> list[bytes]:
             events.append(_TaggedRemoved(event.block_hashes, event.medium))
         else:
             events.append(_TaggedCleared())
-    payload = msgspec.msgpack.encode(_TaggedBatch(0.0, events, batch.dp_rank))
+    payload = msgspec.msgpack.encode(_TaggedBatch(batch.published_unix_s or 0.0, events, batch.dp_rank))
     return [b"", batch.sequence.to_bytes(8, "big"), payload]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -40,7 +42,7 @@ class KVEventPublisher:
 
     def publish(self, batch: KVEventBatch) -> None:
         """Send and keep for replay; never blocks: a subscriber that is too slow finds a gap."""
-        frames = encode(batch)
+        frames = encode(msgspec.structs.replace(batch, published_unix_s=time.time()))
         self._buffer.append(frames)
         with contextlib.suppress(zmq.Again):
             zmq.Socket.shadow(self._pub).send_multipart(frames, zmq.NOBLOCK)

@@ -20,6 +20,7 @@ from dynamo_ray.request.connection import LegFailed, WorkerConnection
 from dynamo_ray.request.eligible import eligible
 from dynamo_ray.request.occupancy import Occupancy
 from dynamo_ray.request.queue import Ticket
+from dynamo_ray.request.tally import Tally
 from dynamo_ray.request.waiting import Busy, WaitingRoom
 from dynamo_ray.request.wire import WorkerInfo, worker_of
 from dynamo_ray.request.workers import Workers
@@ -56,6 +57,8 @@ class Placement:
     """None: the decode worker computes the prompt itself."""
     decode: Target
     booked: Booked
+    route: Route | None
+    """In words, for who asked."""
 
     def prefill_done(self) -> None:
         """The prefill rank is free of this prompt, though its KV may still wait there."""
@@ -83,7 +86,7 @@ class Router:
         self._occupancy = Occupancy(
             self.chooser.ranks, self.table, queue.busy_requests, config.limits.max_queued_requests
         )
-        self.num_retries = 0
+        self.tally = Tally()
 
     @property
     def num_legs(self) -> Counter[Holder]:
@@ -117,13 +120,14 @@ class Router:
         self.chooser.flushed(info.worker, info.epoch)
 
     def apply(self, holder: Holder, batch: KVEventBatch) -> None:
+        self.tally.heard(batch)
         self.chooser.apply(holder, batch)
 
     def uncertain(self, holder: Holder) -> None:
         self.chooser.uncertain(holder)
 
     def retried(self, failure: LegFailed) -> None:
-        self.num_retries += 1
+        self.tally.retries += 1
         log.warning("a request moves to other workers: %s", failure)
 
     @asynccontextmanager
@@ -136,15 +140,19 @@ class Router:
             Overloaded: Every worker of a role refused this request for lack of room, or too many wait already.
             DeadlineExceeded: It waited until then.
         """
-        ask = self._ask(attempt)
-        go, ticket = partial(self._go, attempt, ask), partial(self._ticket, attempt, ask)
+        ask, span, told = self._ask(attempt), get_current_span(), attempt.request.told
+        go = partial(self._go, attempt, ask, told is not None or span.is_recording())
+        ticket = partial(self._ticket, attempt, ask)
         try:
             placement = await self.room.enter(go, ticket, attempt.deadline_s, again=attempt.number > 0)
         except TimeoutError:
             raise attempt.deadline_error() from None
         generated_tokens = 0
         try:
-            self._tell(attempt, placement.booked.choice)
+            if placement.route is not None:
+                span.set_attributes(attributes(placement.route))
+                if told is not None:
+                    told(placement.route)
             yield placement
             generated_tokens = len(attempt.delivered)
         finally:
@@ -156,18 +164,7 @@ class Router:
         choice = self._choose(self._ask(attempt), *self._candidates(attempt))
         return self.chooser.explain(choice)
 
-    def _tell(self, attempt: Attempt, choice: Choice) -> None:
-        span = get_current_span()
-        told = attempt.request.told
-        if told is None and not span.is_recording():
-            return
-        route = brief(self._config.router.policy, choice)
-        if told is not None:
-            told(route)
-        if span.is_recording():
-            span.set_attributes(attributes(route))
-
-    def _go(self, attempt: Attempt, ask: Ask, kept: int) -> Placement | Busy:
+    def _go(self, attempt: Attempt, ask: Ask, in_words: bool, kept: int) -> Placement | Busy:
         prefill, decode = self._candidates(attempt)
         busy = kept | self._occupancy.busy(len(ask.token_ids)) if self._held else kept
         if busy:
@@ -176,11 +173,12 @@ class Router:
             if stuck:
                 return Busy(stuck)
             prefill, decode = prefill & ~busy, decode & ~busy
-        booked = self.chooser.book(self._choose(ask, prefill, decode), _now_s())
-        chosen = booked.choice
-        return Placement(
-            None if chosen.prefill is None else self._target(chosen.prefill), self._target(chosen.decode), booked
-        )
+        choice = self._choose(ask, prefill, decode)
+        booked = self.chooser.book(choice, _now_s())
+        self.tally.took(choice)
+        route = brief(self._config.router.policy, choice) if in_words else None
+        first = None if choice.prefill is None else self._target(choice.prefill)
+        return Placement(first, self._target(choice.decode), booked, route)
 
     def _choose(self, ask: Ask, prefill: int, decode: int) -> Choice:
         """Among those masks; prefill is 0 where workers do both."""

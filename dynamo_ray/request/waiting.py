@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from dynamo_ray.config import QueueConfig
 from dynamo_ray.errors import NotReady, Overloaded, RequestError
 from dynamo_ray.request.queue import Line, Ticket
+from dynamo_ray.telemetry import Reading
 
 T = TypeVar("T")
 
@@ -104,6 +105,14 @@ class WaitingRoom(Generic[T]):
         if self._line and not self._woken:
             self._woken = True
             asyncio.get_running_loop().call_soon(self._look)
+
+    def readings(self) -> Iterator[Reading]:
+        """For /metrics."""
+        yield "dynamo_ray_queue_requests", "Requests that wait for a rank", {}, len(self)
+        yield "dynamo_ray_queue_waited_total", "Requests that had to wait", {}, self.num_waited
+        what = "Requests refused: the queue was full, or the wait too long"
+        yield "dynamo_ray_queue_refused_total", what, {}, self.num_refused
+        yield "dynamo_ray_queue_wait_seconds_total", "How long those waited that no longer do", {}, self.waited_s
 
     def _look(self) -> None:
         self._woken = False
