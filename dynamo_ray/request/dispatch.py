@@ -16,6 +16,7 @@ from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.membership import Membership, Phase
 from dynamo_ray.request.pipeline import serve
+from dynamo_ray.request.readings import of_index, of_workers
 from dynamo_ray.request.router import Router
 from dynamo_ray.request.wire import WorkerInfo
 from dynamo_ray.request.workers import Workers
@@ -110,38 +111,10 @@ class Dispatch:
 
     def readings(self) -> Iterator[Reading]:
         """What this process knows of the workers and of its own index, for /metrics."""
-        for holder, load in self.router.table.reported().items():
-            labels = {"worker": holder.worker, "dp_rank": str(holder.dp_rank)}
-            yield "dynamo_ray_worker_running_requests", "Requests that step", labels, load.num_running
-            yield "dynamo_ray_worker_waiting_requests", "Requests that wait inside", labels, load.num_waiting
-            yield "dynamo_ray_worker_kv_used_blocks", "KV blocks that requests hold", labels, load.kv_used_blocks
-            yield "dynamo_ray_worker_kv_total_blocks", "KV blocks there are", labels, load.kv_total_blocks
-        for holder, count in self.router.num_legs.items():
-            labels = {"worker": holder.worker, "dp_rank": str(holder.dp_rank)}
-            yield "dynamo_ray_routed_legs", "Legs sent to a rank of a live worker", labels, count
-        for role in self.config.roles:
-            halted = self.workers.paused(role)
-            for worker in (*halted, *(connection.info.worker for connection in self.workers.of_role(role))):
-                yield "dynamo_ray_worker_paused", "Halted by a command", {"worker": worker}, worker in halted
-        index = self.router.index
-        yield "dynamo_ray_index_blocks", "Distinct blocks in the KV index", {}, index.num_blocks
-        yield (
-            "dynamo_ray_index_orphan_blocks_total",
-            "Blocks whose parent was unknown",
-            {},
-            index.orphan_blocks,
-        )
-        yield "dynamo_ray_kv_event_gaps_total", "Gaps seen in KV events", {}, self.events.num_gaps
-        for (anomaly, source), count in index.anomalies.counts.items():
-            labels = {"kind": anomaly, "source": source}
-            yield "dynamo_ray_kv_event_anomalies_total", "What was wrong with KV events", labels, count
-        for holder in index.doubtful:
-            labels = {"worker": holder.worker, "dp_rank": str(holder.dp_rank)}
-            yield "dynamo_ray_index_doubtful", "KV events were lost: only what was told since counts", labels, True
-        for worker, guessed in self.router.chooser.guessed().items():
-            labels = {"worker": worker}
-            yield "dynamo_ray_index_approximate", "What it caches is guessed from what was sent there", labels, guessed
-        yield "dynamo_ray_retries_total", "Requests moved to other workers", {}, self.router.num_retries
+        yield from of_workers(self.router, self.workers, tuple(self.config.roles))
+        yield from of_index(self.router, self.events)
+        yield from self.router.tally.readings()
+        yield from self.router.room.readings()
         if self.peers is not None:
             yield from self.peers.readings()
 

@@ -26,7 +26,7 @@ from dynamo_ray.request.wire import WorkerInfo, worker_of
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import chain_seed
 from dynamo_ray.routing.chooser import Booked, Choice, Chooser, Pick, WorkerFacts
-from dynamo_ray.routing.explanation import Explanation, attributes, brief
+from dynamo_ray.routing.explanation import Explanation, Route, attributes, brief
 from dynamo_ray.routing.policy import Ask
 from dynamo_ray.routing.ranks import Holder
 

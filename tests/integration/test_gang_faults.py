@@ -180,7 +180,7 @@ async def stream_through_a_death(watch: Callable[[int], Any]) -> str:
                 os.kill(other.pid, signal.SIGKILL)
         assert tokens == undisturbed
         assert broken
-        assert dispatch.router.num_retries == 1
+        assert dispatch.router.tally.retries == 1
     finally:
         await dispatch.close()
     return broken

@@ -112,7 +112,7 @@ def test_a_decode_worker_that_dies_mid_stream_costs_no_token(style: str, samplin
                         victim = next(n for n in made.nodes.values() if n.info.role == "decode" and n.engine._live)
                         await victim.kill()
             assert tokens == expected
-            assert made.dispatch.router.num_retries == 1
+            assert made.dispatch.router.tally.retries == 1
             await made.settle()
 
     clock.run(main())
@@ -224,7 +224,7 @@ def test_a_prefill_worker_that_falls_silent_after_the_hand_off_is_left_within_se
             assert busy.server._heartbeats is not None
             busy.server._heartbeats.cancel()
             began_s = asyncio.get_running_loop().time()
-            while not made.dispatch.router.num_retries:
+            while not made.dispatch.router.tally.retries:
                 await asyncio.sleep(0.1)
             assert asyncio.get_running_loop().time() - began_s < 7.0
             assert made.nodes["decode-0"].server.num_requests == 1, "the leg that waited is aborted"
@@ -385,7 +385,7 @@ def test_what_no_worker_has_is_refused_before_any_is_asked(
             with pytest.raises(InvalidRequest, match=r"simulated 1 as it was started") as refused:
                 await collect(made, request)
             assert refused.value.field == field
-            assert made.dispatch.router.num_retries == 0
+            assert made.dispatch.router.tally.retries == 0
             await made.settle()
 
     clock.run(main())
@@ -404,7 +404,7 @@ def test_only_workers_that_have_the_adapter_are_asked_for_it() -> None:
                 tokens = await collect(made, request)
                 assert len(tokens) == 20
                 assert tokens != base
-            assert made.dispatch.router.num_retries == 0
+            assert made.dispatch.router.tally.retries == 0
             await made.settle()
 
     clock.run(main())
@@ -447,7 +447,7 @@ def test_a_paused_worker_is_sent_nothing_and_what_it_has_goes_on_after_it() -> N
             for turn in range(4):
                 assert await collect(made, generation(f"r{turn}", max_tokens=40)) == expected
             assert made.nodes[busy].server.num_requests == 1
-            assert made.dispatch.router.num_retries == 0, "nobody had to be refused to know it"
+            assert made.dispatch.router.tally.retries == 0, "nobody had to be refused to know it"
             assert not task.done()
             await made.control(Resume(), busy)
             assert await task == expected
@@ -487,7 +487,7 @@ def test_a_request_that_meets_a_pause_on_its_way_goes_elsewhere() -> None:
         async with cluster(prefill=0, decode=2, policy="round_robin") as made:
             made.nodes["decode-0"].server.holds = frozenset({Hold.PAUSED})  # no heartbeat has told of it yet
             assert await collect(made, generation()) == await aggregated_tokens()
-            assert made.dispatch.router.num_retries == 1
+            assert made.dispatch.router.tally.retries == 1
             await made.settle()
 
     clock.run(main())
@@ -503,7 +503,7 @@ def test_what_a_command_ends_is_answered_by_another_worker(style: str, command: 
             (busy,) = [name for name, node in made.nodes.items() if node.info.role == "decode" and node.engine._live]
             await made.control(command, busy)
             assert await task == expected
-            assert made.dispatch.router.num_retries == 1
+            assert made.dispatch.router.tally.retries == 1
             await made.settle()
 
     clock.run(main())

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from contextlib import aclosing
 from typing import Any
 
 import pytest
-from data_path import PROMPT, Cluster, cluster, collect
+from data_path import PROMPT, Cluster, cluster, collect, generation
 
 from backends.engine import Role, Sampling
+from backends.kv_events import KVEventBatch
 from dynamo_ray.errors import DeadlineExceeded, Overloaded, RequestError
 from dynamo_ray.request.generation import Generation
+from dynamo_ray.request.tally import Tally
 from dynamo_ray.routing.explanation import Route
 from dynamo_ray.simulator import clock
 
@@ -216,3 +219,25 @@ def test_nothing_is_left_booked_waiting_or_held_whatever_happens(seed: int) -> N
             await Walk(seed).run(made)
 
     clock.run(main())
+
+
+def test_what_the_router_does_is_counted() -> None:
+    async def main() -> dict[str, float]:
+        async with cluster(prefill=1, decode=1, router={"prefill_on_decode": {"max_uncached_tokens": 4}}) as made:
+            for _ in range(2):
+                await collect(made, generation())
+            return {name: value for name, _, labels, value in made.dispatch.readings() if not labels}
+
+    found = clock.run(main())
+    assert found["dynamo_ray_decisions_total"] == 2
+    assert found["dynamo_ray_predicted_cached_tokens_total"] == 96
+    assert found["dynamo_ray_prompts_without_prefill_worker_total"] == 0
+    assert found["dynamo_ray_queue_requests"] == found["dynamo_ray_queue_waited_total"] == 0
+
+
+def test_the_time_from_an_event_to_the_index_is_summed_where_its_publisher_says_when() -> None:
+    tally = Tally()
+    for published_unix_s in (time.time() - 2.0, None, time.time() + 60.0):
+        tally.heard(KVEventBatch(0, 0, [], published_unix_s))
+    assert tally.timed_batches == 2
+    assert tally.lag_s == pytest.approx(2.0, abs=0.5)
