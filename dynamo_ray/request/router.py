@@ -59,6 +59,8 @@ class Placement:
     booked: Booked
     route: Route | None
     """In words, for who asked."""
+    booked_s: float
+    tally: Tally
 
     def prefill_done(self) -> None:
         """The prefill rank is free of this prompt, though its KV may still wait there."""
@@ -66,7 +68,9 @@ class Placement:
 
     def first_token(self) -> None:
         """Nothing of the prompt is left to compute."""
-        self.booked.first_token(_now_s())
+        now_s = _now_s()
+        self.tally.observed(self.booked.predicted.ttft_s, now_s - self.booked_s)
+        self.booked.first_token(now_s)
 
     def free(self, generated_tokens: int = 0) -> None:
         self.booked.free(_now_s(), generated_tokens)
@@ -174,11 +178,12 @@ class Router:
                 return Busy(stuck)
             prefill, decode = prefill & ~busy, decode & ~busy
         choice = self._choose(ask, prefill, decode)
-        booked = self.chooser.book(choice, _now_s())
+        now_s = _now_s()
+        booked = self.chooser.book(choice, now_s)
         self.tally.took(choice)
         route = brief(self._config.router.policy, choice) if in_words else None
         first = None if choice.prefill is None else self._target(choice.prefill)
-        return Placement(first, self._target(choice.decode), booked, route)
+        return Placement(first, self._target(choice.decode), booked, route, now_s, self.tally)
 
     def _choose(self, ask: Ask, prefill: int, decode: int) -> Choice:
         """Among those masks; prefill is 0 where workers do both."""

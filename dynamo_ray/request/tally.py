@@ -21,6 +21,12 @@ class Tally:
     """Or on an aggregated worker."""
     predicted_cached_tokens: int = 0
     retries: int = 0
+    first_tokens: int = 0
+    """Of tries; each had a time to first token predicted when its ranks were chosen."""
+    predicted_s: float = 0.0
+    observed_s: float = 0.0
+    error_s: float = 0.0
+    """By how much those differ, over or under."""
     timed_batches: int = 0
     """KV events whose publisher says when."""
     lag_s: float = 0.0
@@ -31,6 +37,13 @@ class Tally:
         self.decisions += 1
         self.predicted_cached_tokens += computes.leg.prompt_tokens - computes.uncached_tokens
         self.without_prefill_worker += choice.prefill is None
+
+    def observed(self, predicted_s: float, observed_s: float) -> None:
+        """A try's first token has come, so many seconds after its ranks were chosen."""
+        self.first_tokens += 1
+        self.predicted_s += predicted_s
+        self.observed_s += observed_s
+        self.error_s += abs(observed_s - predicted_s)
 
     def heard(self, batch: KVEventBatch) -> None:
         if batch.published_unix_s is not None:
@@ -48,5 +61,12 @@ class Tally:
         what = "Prompts that whoever generates the answer computes, without a prefill worker"
         yield "dynamo_ray_prompts_without_prefill_worker_total", what, {}, self.without_prefill_worker
         yield "dynamo_ray_retries_total", "Requests moved to other workers", {}, self.retries
+        yield "dynamo_ray_first_tokens_total", "Tries at a request whose first token came", {}, self.first_tokens
+        for name, what, value in (
+            ("predicted", "Time to first token from the choice on, as predicted then", self.predicted_s),
+            ("observed", "The same, as it came", self.observed_s),
+            ("error", "How far prediction and observation are apart", self.error_s),
+        ):
+            yield f"dynamo_ray_ttft_{name}_seconds_total", what, {}, value
         yield "dynamo_ray_kv_event_timed_batches_total", "KV event batches that say when", {}, self.timed_batches
         yield "dynamo_ray_kv_event_lag_seconds_total", "From then until they were in the index", {}, self.lag_s

@@ -232,6 +232,11 @@ def test_what_the_router_does_is_counted() -> None:
     assert found["dynamo_ray_decisions_total"] == 2
     assert found["dynamo_ray_predicted_cached_tokens_total"] == 96
     assert found["dynamo_ray_prompts_without_prefill_worker_total"] == 0
+    assert found["dynamo_ray_first_tokens_total"] == 2
+    predicted, observed = (found[f"dynamo_ray_ttft_{name}_seconds_total"] for name in ("predicted", "observed"))
+    assert predicted > 0
+    assert observed > 0
+    assert found["dynamo_ray_ttft_error_seconds_total"] >= abs(predicted - observed) > 0
     assert found["dynamo_ray_queue_requests"] == found["dynamo_ray_queue_waited_total"] == 0
 
 
