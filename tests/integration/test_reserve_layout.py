@@ -18,9 +18,10 @@ from control import APP, TIMEOUT_S, Deployed, config, deployed, fake_cluster, ru
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
+from backends import model_folder
 from dynamo_ray.cli.checked import check_file
-from dynamo_ray.cluster import layout
-from dynamo_ray.cluster.workload import worker_groups
+from dynamo_ray.cluster import layout, model_check
+from dynamo_ray.cluster.workload import worker_groups, works
 from placement import reserve
 from placement.parallelism import Parallelism
 from placement.plan import PlacementError, WorkerGroup, WorkerPlacement, place
@@ -294,3 +295,21 @@ def test_a_worker_that_lost_a_node_takes_a_spare_of_its_domain_and_then_another_
         assert home_domain() == first, "one spare is left in it"
         lose_and_wait(it, lose, epoch)
         assert {first, home_domain()} == set(DOMAINS)
+
+
+async def test_partial_weights_are_found_on_the_nodes_before_anything_is_taken(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    found = check_file(WIDEEP).applications[0].config
+    config = found.model_copy(update={"model": found.model.model_copy(update={"path": str(tmp_path)})})
+    work = next(work for work in works(config).values() if work.config.nodes == 4)
+    placement = place(reserve.observe(), work.group, work.worker, {})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / model_folder.INDEX).write_text('{"weight_map": {"w": "model-1.safetensors"}}')
+    said = await model_check.problem(config, work, placement)
+    assert said is not None
+    assert said.startswith("model.path: ")
+    assert "lacks 1 of 1 files of weights: model-1.safetensors" in said
+    assert f"(on node {placement.bundles[0].address})" in said
+    (tmp_path / "model-1.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert await model_check.problem(config, work, placement) is None
