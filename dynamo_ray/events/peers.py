@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 COALESCE_S = 0.010
 """At most one statement in this time."""
 MAX_STATEMENT_BYTES = 8 * 1024 * 1024
-MAX_FETCHES = 4
-"""Ranks asked for at the same time."""
+MAX_FETCHES = 2
+"""Ranks asked for at the same time: taking them in is work for the loop that serves."""
 
 
 class Peers:

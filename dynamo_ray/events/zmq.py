@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 REPLAY_TIMEOUT_S = 2.0
 """Of silence: a replay may take longer."""
-RESYNC_TIMEOUT_S = 5.0
+RESYNC_TIMEOUT_S = 60.0
+"""Ranks take turns; each answer is bounded by who asks."""
+RESYNC_RETRY_S = 5.0
+"""A rank in doubt is asked for again so often, though it never falls silent."""
 FIRST_CHECK_S = 0.5
 LAST_CHECK_S = 30.0
 """A silent rank is asked whether we missed something, ever less often: a subscription takes effect unannounced."""
@@ -113,6 +116,7 @@ class _Rank:
         self._decode: Decoder = decoder(source.wire_format)
         self.next_sequence = 0
         self._in_doubt = False
+        self._ask_again_s = 0.0
         self._live: tuple[int, bytes] = (-1, b"")
         """Sequence and payload of what the publisher sent last; what it replays does not count."""
         self._slice_ends_s = 0.0
@@ -127,6 +131,8 @@ class _Rank:
                 frames = await self._receive(socket, silence_s)
                 if frames is not None:
                     await self._take_live(frames)
+                    if self._in_doubt and asyncio.get_running_loop().time() >= self._ask_again_s:
+                        await self._ask_others(self.next_sequence)
                     continue
                 missed = await self._heal()
                 if self._in_doubt:
@@ -202,7 +208,8 @@ class _Rank:
             async with asyncio.timeout(RESYNC_TIMEOUT_S):
                 snapshot = await self._owner.resync(self._holder)
         except TimeoutError:
-            return
+            snapshot = None
+        self._ask_again_s = asyncio.get_running_loop().time() + RESYNC_RETRY_S
         if snapshot is not None and snapshot.sequence >= at_least and self._owner.restore is not None:
             self._owner.restore(self._holder, snapshot)
             self.next_sequence = snapshot.sequence
