@@ -22,8 +22,6 @@ SILENCE_MS = 3_000
 """Of a connection on which not even heartbeats come."""
 RECONNECT_MS = 50
 MAX_RECONNECT_MS = 1_000
-FAREWELL_MS = 200
-"""For what was sent just before the end."""
 
 
 class SecureContext:
@@ -62,10 +60,10 @@ class SecureContext:
         return socket
 
     async def close(self) -> None:
-        """End every socket; what was sent last is given a moment to leave."""
+        """End every socket; of one with a `linger`, what was sent last is given so long to leave."""
         self._admission.stop()
         for socket in self._sockets:
-            socket.close(linger=FAREWELL_MS)
+            socket.close()
         await asyncio.to_thread(self._context.term)
 
     def callback(self, domain: str, key: bytes) -> bool:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 COALESCE_S = 0.010
 """At most one statement in this time."""
 MAX_STATEMENT_BYTES = 8 * 1024 * 1024
+FAREWELL_MS = 200
+"""For the last statement to leave."""
 MAX_FETCHES = 2
 """Ranks asked for at the same time: taking them in is work for the loop that serves."""
 
@@ -190,6 +192,7 @@ class _Sockets:
         self.sub.subscribe(b"")
         self._pub, self.bookings = context.server(zmq.XPUB, host, snapshots.MAX_ASK_BYTES)
         self._pub.xpub_verbose = True
+        self._pub.linger = FAREWELL_MS
         self.router, self.snapshots = context.server(zmq.ROUTER, host, snapshots.MAX_ASK_BYTES)
         self._heard: set[str] = set()
 
