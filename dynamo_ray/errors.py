@@ -11,7 +11,7 @@ While serving (`RequestError`), as an HTTP status before the first byte and as a
 | MethodNotAllowed | 405 | invalid_request_error / method_not_allowed | no |
 | ClientTooSlow | 408 | invalid_request_error / client_too_slow | read faster: too much of the answer was left unread |
 | PayloadTooLarge | 413 | invalid_request_error / payload_too_large | no |
-| Overloaded | 429 | overloaded_error / overloaded | after `retry_after_s` |
+| Overloaded | 429 | overloaded_error / overloaded | after `retry_after_s`: queue or workers are full |
 | WorkerLost | 502 | server_error / worker_lost | yes; we had already tried every pair we may |
 | NotReady | 503 | server_error / not_ready | after `retry_after_s` |
 | DeadlineExceeded | 504 | server_error / deadline_exceeded | with a longer deadline |

@@ -121,8 +121,10 @@ def _show(found: Explanation) -> None:
     console = Console(highlight=False)
     for role, leg in (("prefill", found.prefill), ("decode" if found.prefill else "prefill and decode", found.decode)):
         if leg is not None:
-            console.print(f"{role}, policy {found.policy}, {leg.prompt_tokens} prompt tokens: {leg.why}")
+            said = f"{role}, policy {found.policy}, {leg.prompt_tokens} prompt tokens: {leg.why}"
+            console.print(said, soft_wrap=True)
             console.print(_table(leg))
+    console.print(f"expected: the first token after {found.predicted_ttft_s:.3g} s")
 
 
 def _table(leg: LegExplanation) -> Table:
@@ -130,10 +132,10 @@ def _table(leg: LegExplanation) -> Table:
     terms = [*dict.fromkeys(term for candidate in shown for term in candidate.terms)]
     caption = f"and {len(leg.candidates) - len(shown)} more" if len(leg.candidates) > len(shown) else None
     made = Table(box=None, caption=caption, caption_justify="left")
-    made.add_column("")
-    for name in ("worker", "rank"):
-        made.add_column(name)
-    for name in ("cost", *terms, "overlap blocks", "queued tokens", "requests", "KV tokens"):
+    made.add_column("", no_wrap=True)
+    made.add_column("worker", no_wrap=True)
+    spoken = [term.replace("_", " ") for term in terms]
+    for name in ("rank", "cost", *spoken, "overlap blocks", "queued tokens", "requests", "KV tokens"):
         made.add_column(name, justify="right")
     for candidate in shown:
         costs = [candidate.cost, *(candidate.terms.get(term) for term in terms)]

@@ -30,7 +30,7 @@ _STATUSES = {
     "401": "No valid API key",
     "404": "Neither the model served nor one of its adapters",
     "413": "The body is too large",
-    "429": "Every worker is full; see Retry-After",
+    "429": "Every rank is busy, and the queue full or longer than the deadline; see Retry-After",
     "502": "The workers of this request were lost, and so were those it was moved to",
     "503": "No worker is ready; see Retry-After",
     "504": "The deadline has passed",
