@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import secrets
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 COALESCE_S = 0.010
 """At most one statement in this time."""
 MAX_STATEMENT_BYTES = 8 * 1024 * 1024
+FIRST_WORD_S = 1.5 * FULL_EVERY_S
+"""A replica that lives is heard within that time."""
 FAREWELL_MS = 200
 """For the last statement to leave."""
 MAX_FETCHES = 2
@@ -54,6 +57,8 @@ class Peers:
         self._known: dict[str, Peer] = {}
         self._full_s = 0.0
         """When everything is to be said again."""
+        self._spoken = asyncio.Event()
+        """Others have said something."""
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
         self._sockets: _Sockets | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -71,22 +76,24 @@ class Peers:
     async def resync(self, holder: Holder) -> Snapshot | None:
         """What another replica knows for certain of a rank, from the first that does; None if none does.
 
-        Takes up to `ANSWER_S` a replica that does not answer.
+        Asks only those that are heard; one that stopped answering just now takes `ANSWER_S`.
         """
-        heard = [peer for peer in self._known.values() if peer.replica in self.bookings]
-        others = [peer for peer in self._known.values() if peer.replica not in self.bookings]
-        for peer in (*_shuffled(heard), *_shuffled(others)):
-            if self._sockets is None:
-                break
-            try:
-                async with self._fetches:
+        await self._first_word()
+        asked: set[str] = set()
+        while True:
+            async with self._fetches:
+                peers = [peer for peer in self._audible() if peer.replica not in asked]
+                if not peers or self._sockets is None:
+                    return None
+                peer = random.choice(peers)
+                asked.add(peer.replica)
+                try:
                     snapshot = await snapshots.fetch(self._sockets.context, peer.snapshots, holder)
-            except NoSnapshot as error:
-                log.info("ingress replica %s has no snapshot of %s: %s", peer.replica, holder, error)
-                continue
+                except NoSnapshot as error:
+                    log.info("ingress replica %s has no snapshot of %s: %s", peer.replica, holder, error)
+                    continue
             self.num_snapshots += 1
             return snapshot
-        return None
 
     def readings(self) -> Iterator[Reading]:
         """What this replica knows of the others, for /metrics."""
@@ -145,9 +152,19 @@ class Peers:
         """Connect to new replicas and let go of those that left."""
         if self._sockets is None:
             return
-        heard = {replica: peer for replica, peer in self._known.items() if replica in self.bookings}
-        self._known = {**heard, **self._listed}
+        self._known = {peer.replica: peer for peer in self._audible()} | self._listed
         self._sockets.listen({peer.bookings for peer in self._known.values()})
+
+    def _audible(self) -> list[Peer]:
+        return [peer for peer in self._known.values() if peer.replica in self.bookings]
+
+    async def _first_word(self) -> None:
+        """Whoever has just begun knows of others and has heard none yet: give them a moment, if they live."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_WORD_S):
+                while self._known and not self._audible():
+                    self._spoken.clear()
+                    await self._spoken.wait()
 
     async def _publish(self, sockets: _Sockets) -> None:
         """Everything once a second and to every newcomer, changes as soon as there are some."""
@@ -180,6 +197,7 @@ class Peers:
                     self.bookings.take(await sockets.sub.recv(), loop.time())
                 if self.bookings.expire(loop.time()):
                     self._refresh()
+            self._spoken.set()
             self._changed()
 
 
@@ -216,7 +234,3 @@ class _Sockets:
         """Somebody has begun to listen."""
         while not (await self._pub.recv()).startswith(b"\1"):
             pass
-
-
-def _shuffled(peers: list[Peer]) -> list[Peer]:
-    return random.sample(peers, len(peers))

@@ -264,6 +264,20 @@ async def test_a_snapshot_comes_from_whichever_replica_is_certain(
     assert uncertain.peers.answers.num_served == 0
 
 
+async def test_a_replica_that_is_still_listed_though_dead_holds_no_newcomer_up(plane: Plane) -> None:
+    dead, _ = [await plane.add(holds=HELD) for _ in range(2)]
+    listed = [each.me for each in plane.replicas]
+    await dead.stop("crashes")
+    plane.replicas.remove(dead)
+    newcomer = Replica()
+    await newcomer.peers.reconcile(SECRET, listed)
+    began_s = time.monotonic()
+    assert await asyncio.gather(*(newcomer.peers.resync(RANK) for _ in range(20))) == [HELD] * 20
+    assert time.monotonic() - began_s < snapshots.ANSWER_S
+    await newcomer.peers.close()
+    await dead.peers.close()
+
+
 async def test_alone_there_is_no_snapshot(plane: Plane) -> None:
     assert await (await plane.add(holds=HELD)).peers.resync(RANK) is None
 
