@@ -14,7 +14,7 @@ SGLANG := backends/requirements-sglang-cpu.txt
 SGLANG_NODEPS := backends/requirements-sglang-cpu-nodeps.txt
 
 .DEFAULT_GOAL := help
-.PHONY: setup-sglang-cpu test-sglang-cpu help setup setup-core models run run-sim test check bench bench-placement recipes clean
+.PHONY: setup-sglang-cpu test-sglang-cpu help setup setup-core models run run-sim test check bench bench-placement recipes manifests clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -80,6 +80,10 @@ setup-sglang-cpu: $(SGLANG_VENV)/.engine  ## Install SGLang 0.5.23 for CPU, in a
 test-sglang-cpu: setup-sglang-cpu models  ## Run the engines' suite on a real SGLang on CPU: about 10 minutes
 	@tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python $(ARGS)
 	@CONTRACT_ROLES=aggregated GRAMMAR=xgrammar tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python -k "refuses_by_name or min_tokens"
+
+manifests: setup-core  ## Render configs/kubernetes anew from configs/kubernetes/manifests.txt
+	@grep -v '^#' configs/kubernetes/manifests.txt | while read -r folder arguments; do \
+		$(BIN)/dynamo-ray manifest $$arguments --out configs/kubernetes/$$folder || exit; done
 
 clean:  ## Remove the environment and caches of this checkout
 	rm -rf $(VENV) .venv-bench $(SGLANG_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

@@ -10,13 +10,10 @@ from ray import serve
 
 from dynamo_ray import config_file, models
 from dynamo_ray.cluster import orchestrator
-from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.config import HAPROXY_ENVIRONMENT, DeploymentConfig
 from dynamo_ray.request import ingress
 
 log = logging.getLogger("ray.serve")
-
-HAPROXY_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-"""Read when Ray and Serve start: it must be set on every node before `ray start`."""
 
 
 def build(args: DeploymentConfig) -> serve.Application:

@@ -31,6 +31,10 @@ PREFILLS_ON_DECODE = ("simulated", "vllm")
 """Backends whose decode workers also take a whole request."""
 
 
+HAPROXY_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""Read when Ray and Serve start: it must be set on every node before `ray start`."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 

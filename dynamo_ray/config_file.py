@@ -32,6 +32,8 @@ class Document:
     value: Any
     lines: dict[Place, int]
     duplicates: tuple[Place, ...] = ()
+    blocks: dict[Place, int] = field(default_factory=dict)
+    """Where a literal block (`key: |`) stands, the line of its first line of text."""
 
     def problem(self, path: Place, message: str) -> Problem:
         """At the line of `path`, or of the nearest thing around it that the file has."""
@@ -59,45 +61,64 @@ def dotted(path: Place) -> str:
 
 
 def read(file: Path) -> Document:
-    """Parse YAML; anchors and merge keys are resolved.
+    """Parse a file of one document; anchors and merge keys are resolved.
 
     Raises:
         ConfigError: The file cannot be read, or is no YAML.
     """
+    documents = read_all(file)
+    if len(documents) > 1:
+        raise ConfigError((Problem(str(file), "is not valid YAML: has several documents", documents[1].lines[()]),))
+    return documents[0]
+
+
+def read_all(file: Path) -> tuple[Document, ...]:
+    """Parse every document of a file; an empty file is one that says nothing. Raises as `read` does."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError((Problem(str(file), f"cannot be read: {error}"),)) from error
+    return parse(text, str(file))
+
+
+def parse(text: str, name: str, first_line: int = 1) -> tuple[Document, ...]:
+    """Parse every document of a text that begins on that line of a file; `name` stands in errors. Raises as `read`."""
     try:
-        return _Reader(text).document()
+        return _Reader(text, first_line).documents() or (Document(None, {}),)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
+        line = error.problem_mark.line + first_line if error.problem_mark else None
         what = "; ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError((Problem(str(file), f"is not valid YAML: {what}", line),)) from error
+        raise ConfigError((Problem(name, f"is not valid YAML: {what}", line),)) from error
     except yaml.YAMLError as error:
-        raise ConfigError((Problem(str(file), f"is not valid YAML: {error}"),)) from error
+        raise ConfigError((Problem(name, f"is not valid YAML: {error}"),)) from error
     except RecursionError as error:
-        raise ConfigError((Problem(str(file), "contains itself, or is nested too deeply"),)) from error
+        raise ConfigError((Problem(name, "contains itself, or is nested too deeply"),)) from error
 
 
 class _Reader:
-    """Composes a document and remembers where each key stands."""
+    """Composes documents and remembers where each key stands."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, first_line: int) -> None:
         self._loader = yaml.SafeLoader(text)
-        self._lines: dict[Place, int] = {}
-        self._duplicates: list[Place] = []
+        self._first_line = first_line
 
-    def document(self) -> Document:
+    def documents(self) -> tuple[Document, ...]:
+        found = []
         try:
-            node = self._loader.get_single_node()
-            value = None if node is None else self._build(node, ())
-            return Document(value, self._lines, tuple(self._duplicates))
+            while self._loader.check_node():
+                self._lines: dict[Place, int] = {}
+                self._blocks: dict[Place, int] = {}
+                self._duplicates: list[Place] = []
+                value = self._build(self._loader.get_node(), ())
+                found.append(Document(value, self._lines, tuple(self._duplicates), self._blocks))
         finally:
             self._loader.dispose()
+        return tuple(found)
 
     def _build(self, node: yaml.Node, path: Place) -> Any:
-        self._lines.setdefault(path, node.start_mark.line + 1)
+        self._lines.setdefault(path, node.start_mark.line + self._first_line)
+        if isinstance(node, yaml.ScalarNode) and node.style == "|":
+            self._blocks[path] = node.start_mark.line + self._first_line + 1
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -122,7 +143,7 @@ class _Reader:
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "found an unhashable key", key_node.start_mark)
             here = (*path, key if isinstance(key, int) else str(key))
-            self._lines[here] = key_node.start_mark.line + 1
+            self._lines[here] = key_node.start_mark.line + self._first_line
             built[key] = self._build(value_node, here)
         return built
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_ray import config_file
-from dynamo_ray.config_file import Application
+from dynamo_ray.config_file import Application, Document
 from dynamo_ray.errors import ConfigError, Problem
 
 
@@ -61,6 +61,14 @@ def check_file(path: Path) -> CheckedFile:
         ConfigError: Anything is wrong; carries every mistake, in the order of the file.
     """
     document = config_file.read(path)
+    found, wrong = check_document(document)
+    if wrong:
+        raise ConfigError(tuple(wrong))
+    return CheckedFile(path, document.value, found)
+
+
+def check_document(document: Document) -> tuple[tuple[Application, ...], list[Problem]]:
+    """Our applications in a `serve run` document, and every mistake at any level of it, in its order."""
     # Imported late: it imports Ray, which takes seconds, and a file that is no YAML needs none of it.
     from dynamo_ray.cli import serve_schema
 
@@ -68,6 +76,4 @@ def check_file(path: Path) -> CheckedFile:
     wrong = [*serve_schema.check(document), *problems]
     if not wrong and not found:
         wrong = [Problem("applications", f"none has `import_path: {config_file.IMPORT_PATH}`", None)]
-    if wrong:
-        raise ConfigError(tuple(sorted(dict.fromkeys(wrong), key=lambda problem: problem.line or 0)))
-    return CheckedFile(path, document.value, found)
+    return found, sorted(dict.fromkeys(wrong), key=lambda problem: problem.line or 0)

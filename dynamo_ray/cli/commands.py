@@ -15,7 +15,7 @@ import psutil
 import typer
 from rich.console import Console
 
-from dynamo_ray.cli import control, route, state
+from dynamo_ray.cli import control, manifest_command, route, state
 from dynamo_ray.cli.display import Progress, table
 from dynamo_ray.cli.interrupts import FORCED_EXIT_CODE, Interrupts
 from dynamo_ray.errors import PreflightError, Problem, StartupError
@@ -43,10 +43,18 @@ KILL_TIMEOUT_S = 15.0
 
 
 @app.command()
-def validate(file: File) -> None:
+def validate(
+    file: Annotated[Path, typer.Argument(help="A `serve run` file, Kubernetes manifests, or a folder of them.")],
+) -> None:
     """Check every level of a file; exit code 2 and every mistake at once if anything is wrong."""
+    from dynamo_ray.cli import manifest_check
     from dynamo_ray.cli.checked import check_file
 
+    if manifest_check.holds_manifests(file):
+        for found in manifest_check.check(file):
+            unknown = "" if found.checked else ", but for its own fields: there is no schema of it here"
+            typer.echo(f"{found.file}: valid; {found.title}{unknown}")
+        return
     checked = check_file(file)
     for application in checked.applications:
         roles = ", ".join(f"{config.replicas} {role.value}" for role, config in application.config.roles.items())
@@ -114,6 +122,9 @@ def flags(
 
     for application in printing.flags(file, topology):
         typer.echo(json.dumps(printing.as_json(application)) if as_json else printing.text(application))
+
+
+app.command(name="manifest")(manifest_command.main)
 
 
 @app.command()

@@ -71,7 +71,7 @@ def plan(
     groups = worker_groups(config)
     on_gpus = config.accelerator != NO_ACCELERATOR
     if shape is None and on_gpus:
-        shape, wrong = _shape(config)
+        shape, wrong = shape_of(config)
         problems += wrong
     memory, wrong = _memory(config, given) if on_gpus else ({}, [])
     problems += wrong
@@ -128,7 +128,8 @@ def as_json(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _shape(config: DeploymentConfig) -> tuple[ModelShape | None, list[Problem]]:
+def shape_of(config: DeploymentConfig) -> tuple[ModelShape | None, list[Problem]]:
+    """The model's shape, from its folder or from those that are known by name; else None, and why."""
     own, known = config.model.folder / "config.json", SHAPES / f"{config.model.name.rpartition('/')[2]}.json"
     path = own if own.is_file() else known
     if not path.is_file():

@@ -1,0 +1,1 @@
+"""DeploymentConfig -> RayService and the objects around it, and what is wrong with such manifests. Pure; no cluster."""
