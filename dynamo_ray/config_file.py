@@ -105,11 +105,11 @@ class _Reader:
     def documents(self) -> tuple[Document, ...]:
         found = []
         try:
-            while self._loader.check_node():
+            while self._loader.check_node() and (node := self._loader.get_node()) is not None:
                 self._lines: dict[Place, int] = {}
                 self._blocks: dict[Place, int] = {}
                 self._duplicates: list[Place] = []
-                value = self._build(self._loader.get_node(), ())
+                value = self._build(node, ())
                 found.append(Document(value, self._lines, tuple(self._duplicates), self._blocks))
         finally:
             self._loader.dispose()

@@ -80,7 +80,7 @@ def _check(document: Document) -> list[Problem]:
     problems = [document.problem(path, "given twice; keep one") for path in document.duplicates]
     problems += [*validation.check(document), *rules.check(document)]
     for place, is_whole in _serve_texts(document):
-        problems += _inside(document, place, is_whole)
+        problems += _inside(document, place, is_whole and not problems)
     return problems
 
 
@@ -96,7 +96,7 @@ def _serve_texts(document: Document) -> Iterator[tuple[Place, bool]]:
                 yield ("data", str(key)), False
 
 
-def _inside(document: Document, place: Place, is_whole: bool) -> Iterator[Problem]:
+def _inside(document: Document, place: Place, with_pods: bool) -> Iterator[Problem]:
     text = _at(document.value, *place)
     name = dotted(place)
     try:
@@ -110,7 +110,7 @@ def _inside(document: Document, place: Place, is_whole: bool) -> Iterator[Proble
     for problem in problems:
         field = name if problem.field == "(file)" else f"{name}.{problem.field}"
         yield _outside(document, place, replace(problem, field=field))
-    if is_whole and not problems:
+    if with_pods and not problems:
         for application in applications:
             yield from _misfits(document, application)
 

@@ -115,11 +115,11 @@ def monitors(options: Options, applications: tuple[Application, ...]) -> list[Ob
     # Behind HAProxy a scrape would reach any replica; on its own port each pod answers for itself.
     paths = [f"{(application.route_prefix or '').rstrip('/')}/metrics" for application in applications]
     ingress = {
-        "selector": {"matchLabels": {pods.POOL_LABEL: pods.INGRESS_POOL}},
+        "selector": {"matchLabels": {pods.NAME_LABEL: options.name, pods.POOL_LABEL: pods.INGRESS_POOL}},
         "podMetricsEndpoints": [{"port": "ingress", "path": path, "interval": "15s"} for path in paths],
     }
     nodes = {
-        "selector": {"matchExpressions": [{"key": "ray.io/node-type", "operator": "In", "values": ["worker"]}]},
+        "selector": {"matchLabels": {pods.NAME_LABEL: options.name, "ray.io/node-type": "worker"}},
         "podMetricsEndpoints": [{"port": "metrics", "interval": "30s"}],
     }
     head = {

@@ -17,6 +17,8 @@ Object = dict[str, Any]
 LABEL_PREFIX = "dynamo-ray.io"
 POOL_LABEL = f"{LABEL_PREFIX}/pool"
 """Both a pod's label and its Ray node's: `ingress` or a role's group."""
+NAME_LABEL = f"{LABEL_PREFIX}/name"
+"""Of a pod: the RayService or RayCluster."""
 INGRESS_POOL = "ingress"
 SERVE_PORT = 8000
 REPLICA_PORT = 30000
@@ -82,7 +84,7 @@ def engine(options: Options, config: DeploymentConfig, role: RoleConfig, group: 
     spec["terminationGracePeriodSeconds"] = ceil(config.limits.drain_timeout_s) + DRAIN_MARGIN_S
     _add_fabric(options, spec, f"{options.name}-rdma-{gpus}gpu")
     if hosts > 1 and shares_nvlink(config, role):
-        _add_domain(spec, f"{options.name}-{group}", group)
+        _add_domain(spec, f"{options.name}-{group}", pod["metadata"]["labels"])
     return pod
 
 
@@ -157,7 +159,7 @@ def _pod(
     made = [key for config in configs if (key := models.key_of(config.model.folder)) is not None]
     if made:
         _add_made_models(options, spec, list(dict.fromkeys(made)))
-    return {"metadata": {"labels": {POOL_LABEL: pool}}, "spec": spec}
+    return {"metadata": {"labels": {NAME_LABEL: options.name, POOL_LABEL: pool}}, "spec": spec}
 
 
 def _add_made_models(options: Options, spec: Object, keys: list[str]) -> None:
@@ -186,10 +188,10 @@ def _add_fabric(options: Options, spec: Object, claim: str) -> None:
         _add_claim(spec, "rdma", claim)
 
 
-def _add_domain(spec: Object, domain: str, group: str) -> None:
-    """All pods of the group in one NVLink domain, with a channel of it."""
+def _add_domain(spec: Object, domain: str, labels: Object) -> None:
+    """All pods with these labels in one NVLink domain, with a channel of it."""
     _add_claim(spec, "nvlink", channel_name(domain))
-    term = {"labelSelector": {"matchLabels": {POOL_LABEL: group}}, "topologyKey": clouds.CLIQUE_LABEL}
+    term = {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": clouds.CLIQUE_LABEL}
     spec["affinity"] = {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
 
 
@@ -216,8 +218,8 @@ def _probe(check: Object, failures: int, timeout_s: int = 2) -> Object:
     }
 
 
-def folder_problem(path: Path) -> str | None:
+def folder_problem(path: str) -> str | None:
     """Why pods could not have their model in that folder; None where they can."""
-    if not path.is_absolute() or len(path.parts) < 3:
+    if not path.startswith("/") or len(Path(path).parts) < 3:
         return f"{path}: write an absolute folder inside another, such as /models/NAME; the claim is mounted above it"
     return None

@@ -191,7 +191,7 @@ def deployer(options: Options, applications: tuple[Application, ...], document: 
         {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": {"name": f"{name}-deploy", **here},
+            "metadata": {"name": f"{options.name}-deploy", **here},
             "spec": {"backoffLimit": 20, "template": {"spec": pod}},
         },
         {
@@ -199,7 +199,7 @@ def deployer(options: Options, applications: tuple[Application, ...], document: 
             "kind": "Service",
             "metadata": {"name": options.service, **here},
             "spec": {
-                "selector": {"ray.io/cluster": options.name, pods.POOL_LABEL: pods.INGRESS_POOL},
+                "selector": {pods.NAME_LABEL: options.name, pods.POOL_LABEL: pods.INGRESS_POOL},
                 "ports": [{"name": "serve", "port": pods.SERVE_PORT, "targetPort": "serve"}],
             },
         },

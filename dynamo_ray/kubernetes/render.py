@@ -93,14 +93,14 @@ def _problems(options: Options, applications: tuple[Application, ...], document:
         message = "every model of a file must be in one folder, where the claim with the weights is mounted"
         yield Problem(f"applications[{index}].args.model.path", message)
     for group in ray_objects.groups(applications):
-        yield from _group_name(options, group.name)
+        yield from _group_name(options, group)
 
 
 def _application_problems(options: Options, application: Application, document: dict[str, Any]) -> Iterator[Problem]:
     path = f"applications[{application.index}].args"
     config = application.config
     if pods.is_downloaded(config):
-        wrong = pods.folder_problem(config.model.folder)
+        wrong = pods.folder_problem(config.model.path)
         if wrong is not None:
             yield Problem(f"{path}.model.path", wrong)
         if options.model_source is None and config.model.name.count("/") != 1 and options.model_pvc is None:
@@ -151,15 +151,15 @@ def _event_problems(options: Options, application: Application, document: dict[s
         yield Problem("--nats", "missing: KV events go by NATS, and nats.urls names no server")
 
 
-def _group_name(options: Options, group: str) -> Iterator[Problem]:
-    """Names that are made of ours: labels, and objects that a Service or a claim is named by."""
-    made = pods.channel_name(f"{options.name}-{group}")
-    if not rules.DNS_LABEL.fullmatch(group):
-        message = f"{group!r}, the name of an application and a role, is no DNS label; rename the application"
-        yield Problem("applications", message)
-    elif len(made) > rules.LABEL_LENGTH:
-        limit = len(options.name) - (len(made) - rules.LABEL_LENGTH)
-        message = f"with it {made!r} has {len(made)} characters of {rules.LABEL_LENGTH}; {limit} are left for the name"
+def _group_name(options: Options, group: ray_objects.Group) -> Iterator[Problem]:
+    """Its name is a label of its pods; with ours before it, of nodes of one NVLink domain."""
+    if not rules.DNS_LABEL.fullmatch(group.name) or len(group.name) > rules.LABEL_LENGTH:
+        message = f"{group.name!r}, of the application and its role, is no DNS label; rename the application"
+        yield Problem(f"applications[{group.application.index}].name", message)
+    made = f"{options.name}-{group.name}"
+    if group.role_config.one_nvlink_domain and len(made) > rules.LABEL_LENGTH:
+        left = rules.LABEL_LENGTH - len(group.name) - 1
+        message = f"the label {made!r} of an NVLink domain has {len(made)} characters; {left} are left for the name"
         yield Problem("--name", message)
 
 

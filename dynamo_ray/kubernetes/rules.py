@@ -75,7 +75,7 @@ def _service(spec: Values, annotations: Values) -> Found:
     cluster = _mapping(spec.get("rayClusterConfig"))
     head = _mapping(cluster.get("headGroupSpec"))
     if _mapping(_mapping(head.get("headService")).get("metadata")).get("name"):
-        place = ("spec", "rayClusterConfig", "headGroupSpec", "headService", "metadata", "name")
+        place: Place = ("spec", "rayClusterConfig", "headGroupSpec", "headService", "metadata", "name")
         yield place, "a RayService names its head's Service itself; leave it out"
     if _mapping(cluster.get("authOptions")).get("enableK8sTokenAuth"):
         yield ("spec", "rayClusterConfig", "authOptions", "enableK8sTokenAuth"), "not with a RayService; leave it out"

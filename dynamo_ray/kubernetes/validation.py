@@ -72,7 +72,8 @@ def check(document: Document) -> list[Problem]:
         return found + [document.problem(("metadata", key), unknown_key(str(key), _METADATA)) for key in unknown]
     api_version, kind = str(value["apiVersion"]), str(value["kind"])
     if not _is_core(api_version):
-        return []
+        near = get_close_matches(kind, [name for name, api in _custom_kinds().items() if api == api_version], n=1)
+        return [document.problem(("kind",), f"{api_version} has no {kind}; did you mean {near[0]}?")] if near else []
     core = _core(api_version, kind)
     if core is None:
         return [document.problem(("kind",), _no_such_kind(api_version, kind))]
@@ -143,12 +144,20 @@ def _derived(kind: str, version: str) -> Draft202012Validator | None:
 
 def known_kinds() -> dict[str, str]:
     """Every custom resource that is checked, and where its schema comes from."""
-    found = {}
+    return {schema["properties"]["kind"]["const"]: schema["$comment"] for schema in _derived_schemas()}
+
+
+@lru_cache(maxsize=1)
+def _custom_kinds() -> dict[str, str]:
+    """Their API versions."""
+    found = (schema["properties"] for schema in _derived_schemas())
+    return {properties["kind"]["const"]: properties["apiVersion"]["const"] for properties in found}
+
+
+def _derived_schemas() -> Iterator[Mapping[str, Any]]:
     for file in sorted(resources.files("dynamo_ray.kubernetes.crds").iterdir(), key=lambda entry: entry.name):
         if file.name.endswith(".json"):
-            schema = json.loads(file.read_text(encoding="utf-8"))
-            found[schema["properties"]["kind"]["const"]] = schema["$comment"]
-    return found
+            yield json.loads(file.read_text(encoding="utf-8"))
 
 
 def _is_core(api_version: str) -> bool:
