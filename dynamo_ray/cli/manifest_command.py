@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynamo_ray.kubernetes import options as choices
-from dynamo_ray.kubernetes.options import Options
+if TYPE_CHECKING:
+    from dynamo_ray.kubernetes.options import Options
 
 CONFIGURATION, OUTPUT, WEIGHTS, CLUSTER, AROUND = "Configuration", "Output", "Weights", "Cluster", "Around it"
 
@@ -74,9 +74,10 @@ def main(
     """Write the Kubernetes manifests of a file, for KubeRay 1.7; nothing is applied, and no cluster is asked."""
     from dynamo_ray.cli import manifest
     from dynamo_ray.config_file import read
+    from dynamo_ray.kubernetes import options as choices
     from dynamo_ray.kubernetes import render
 
-    options = Options(
+    options = choices.Options(
         image=image,
         name=name or _first_name(read(file).value),
         namespace=namespace,
