@@ -237,7 +237,9 @@ def test_a_token_given_by_mistake_is_not_printed() -> None:
     assert "hf_AbC123" not in said(WIDEEP, options(hf_secret="hf_AbC123"))
 
 
-@pytest.mark.parametrize(("topology", "expected"), [("12x8xH100", "Add 1 node"), ("13x8xH200", "H100"), ("26x4xH100", "8 GPU")])
+@pytest.mark.parametrize(
+    ("topology", "expected"), [("12x8xH100", "Add 1 node"), ("13x8xH200", "H100"), ("26x4xH100", "8 GPU")]
+)
 def test_a_configuration_that_its_cluster_cannot_hold_is_refused(topology: str, expected: str) -> None:
     assert expected in said(WIDEEP, options(anonymous=True), topology)
 
