@@ -144,8 +144,9 @@ class QueueConfig(_Frozen):
     """Among those of one priority: who came first, or who has the fewest uncached prompt tokens."""
     max_waiting: PositiveInt = 1024
     """Per ingress replica; one more is refused with 429."""
-    busy_requests: PositiveInt = 256
-    """A rank with as many, running and waiting, is busy; so is one whose KV blocks do not hold one more."""
+    busy_requests: PositiveInt | None = None
+    """A rank with as many, running and waiting, is busy; so is one whose KV blocks do not hold one more, and all of a
+    worker that has limits.max_queued_requests. None: only these."""
     ageing_tokens_per_s: PositiveFloat = 1000.0
     """Under `shortest`, a second of waiting counts as so many tokens fewer: nobody waits for ever."""
 

@@ -87,9 +87,8 @@ class Router:
         self.chooser = Chooser(config.model.name, config.router)
         self.index, self.table = self.chooser.index, self.chooser.table
         self.room: WaitingRoom[Placement] = WaitingRoom(queue, Placement.free)
-        self._occupancy = Occupancy(
-            self.chooser.ranks, self.table, queue.busy_requests, config.limits.max_queued_requests
-        )
+        most = config.limits.max_queued_requests
+        self._occupancy = Occupancy(self.chooser.ranks, self.table, queue.busy_requests or most, most)
         self.tally = Tally()
 
     @property
