@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dynamo_ray.routing.latency import Prediction, predict
-from dynamo_ray.routing.policy import Floats, Leg, Terms
+from dynamo_ray.routing.policy import Floats, Leg, Policy
 from dynamo_ray.routing.ranks import Holder
 
 
@@ -15,10 +16,16 @@ class Pick:
 
     leg: Leg
     costs: Floats
-    terms: Terms
-    """What the costs are the sum of."""
+    policy: Policy
+    """The one that scored: the fallback, where the user's own failed."""
     place: int
     """Of the chosen candidate."""
+
+    @property
+    def terms(self) -> Mapping[str, Floats]:
+        """What the costs are the sum of, where the policy says; by the speeds of now."""
+        scored = (self.policy.terms or self.policy.score)(self.leg)
+        return scored if isinstance(scored, Mapping) else {}
 
     @property
     def holder(self) -> Holder:

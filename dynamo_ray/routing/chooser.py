@@ -334,14 +334,14 @@ class Chooser:
 
     def _leg(self, role: Role, ask: Ask, mask: int, found: tuple[Overlap, Runs]) -> Leg:
         pool = self._pool(mask)
-        queued, requests, kv = self.table.values.take(pool.columns, axis=1)
+        load = self.table.values.take(pool.columns, axis=1)
         held, coming_runs = found
         device = pool.depths(held.device)
         host = np.maximum(device, pool.depths(held.host)) if held.host else device
         disk = np.maximum(host, pool.depths(held.disk)) if held.disk else host
         coming = np.maximum(device, pool.depths(coming_runs)) if coming_runs else device
         size, turn = self._block_size(pool), self._turns[role]
-        return Leg(role, ask, size, turn, pool, queued, requests, kv, device, host, disk, coming, self.speeds)
+        return Leg(role, ask, size, turn, pool, len(ask.token_ids), load, device, host, disk, coming, self.speeds)
 
     def _overlap(self, ask: Ask, pool: Pool, mask: int, now_s: float) -> tuple[Overlap, Runs]:
         """What the ranks of the mask hold of the prompt, and what they are computing of it."""
@@ -357,12 +357,11 @@ class Chooser:
 
     def _pick(self, leg: Leg) -> Pick:
         try:
-            costs, terms = total(self.policy, leg)
-            return Pick(leg, costs, terms, pick(self.policy, leg, costs))
+            costs = total(self.policy, leg)
+            return Pick(leg, costs, self.policy, pick(self.policy, leg, costs))
         except Exception as error:  # noqa: BLE001 - a user's code can raise anything, and the request must go on
             self._count(error)
-            costs, terms = total(FALLBACK, leg)
-            return Pick(leg, costs, terms, pick(FALLBACK, leg, costs))
+            return Pick(leg, leg.num_requests, FALLBACK, pick(FALLBACK, leg, leg.num_requests))
 
     def _pair(self, first: Pick, second: Pick) -> Choice:
         try:

@@ -30,34 +30,64 @@ LATE_WEIGHT = 5.0
 """What a second beyond an SLO costs more than one within it."""
 
 
-def latency(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
+def latency(leg: Leg, slo: SloConfig) -> Floats:
+    """Seconds for each candidate: the sum of `terms`, in one product where nothing in it is bent or differs by rank."""
+    if leg.pool.lockstep or leg.speeds.any_slow or slo.ttft_s is not None or slo.itl_s is not None:
+        return sum(terms(leg, slo).values(), start=np.zeros(len(leg.pool)))
+    load, coming = leg.load, leg.coming_blocks
+    if leg.role is Role.DECODE:
+        uncached_s = leg.speeds.link.s_per_token
+        costs = coming * (-leg.block_size * uncached_s)
+    else:
+        per_token_s = leg.speeds.prefill[leg.role].s_per_token
+        uncached_s = (1.0 + WORK_WEIGHT) * per_token_s
+        costs = load[0] * per_token_s
+        costs += coming * (-leg.block_size * uncached_s)
+    same_s = leg.prompt_tokens * uncached_s
+    if leg.role is not Role.PREFILL:
+        answer_s = num_answer_tokens(leg) * leg.speeds.step[leg.role].s_per_token
+        costs += load[1] * (REQUEST_TOKENS * answer_s)
+        costs += load[2] * answer_s
+        same_s += (leg.prompt_tokens + REQUEST_TOKENS) * answer_s
+        room_s = wait_for_room_s(leg)
+        if room_s is not None:
+            costs += room_s
+    costs += same_s
+    return costs
+
+
+def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
     """Seconds by cause, for each candidate."""
-    terms = {}
+    found = {}
     slow = leg.slowness
     if leg.computes_prompt:
         line = leg.speeds.prefill[leg.role]
         own = leg.uncached_tokens
         compute_s = own * (line.s_per_token * slow)
         wait_s = tokens_ahead(leg, own) * (line.s_per_token * slow)
-        terms["wait_s"] = wait_s
-        terms["compute_s"] = compute_s
-        terms["work_s"] = WORK_WEIGHT * compute_s
+        found["wait_s"] = wait_s
+        found["compute_s"] = compute_s
+        found["work_s"] = WORK_WEIGHT * compute_s
         if slo.ttft_s is not None:
             late_s = np.maximum(wait_s + compute_s - (slo.ttft_s - line.overhead_s), 0.0)
-            terms["late_s"] = LATE_WEIGHT * late_s
+            found["late_s"] = LATE_WEIGHT * late_s
     if leg.role is not Role.PREFILL:
         step_s = slow * (leg.speeds.step[leg.role].s_per_token * step_tokens(leg))
-        num_tokens = min(leg.ask.max_tokens, leg.speeds.answer_tokens)
-        terms["decode_s"] = num_tokens * step_s
+        found["decode_s"] = num_answer_tokens(leg) * step_s
         if slo.itl_s is not None:
             late_s = np.maximum(step_s - (slo.itl_s - leg.speeds.step[leg.role].overhead_s), 0.0)
-            terms["late_itl_s"] = (LATE_WEIGHT * num_tokens) * late_s
+            found["late_itl_s"] = (LATE_WEIGHT * num_answer_tokens(leg)) * late_s
         room_s = wait_for_room_s(leg)
         if room_s is not None:
-            terms["room_s"] = room_s
+            found["room_s"] = room_s
     if leg.role is Role.DECODE:
-        terms["handoff_s"] = leg.uncached_tokens * leg.speeds.link.s_per_token
-    return terms
+        found["handoff_s"] = leg.uncached_tokens * leg.speeds.link.s_per_token
+    return found
+
+
+def num_answer_tokens(leg: Leg) -> float:
+    """Tokens that the answer is expected to have."""
+    return min(leg.ask.max_tokens, leg.speeds.answer_tokens)
 
 
 def tokens_ahead(leg: Leg, own: Floats) -> Floats:
@@ -79,11 +109,11 @@ def step_tokens(leg: Leg) -> Floats:
 
 def wait_for_room_s(leg: Leg) -> Floats | None:
     """Seconds until each candidate has KV room for the prompt, if its requests end evenly; None: all have it now."""
-    needed = leg.kv_tokens + leg.prompt_tokens
-    if needed.max() <= leg.pool.least_kv_tokens:
+    most = leg.kv_tokens.item(leg.kv_tokens.argmax()) + leg.prompt_tokens
+    if most <= leg.pool.least_kv_tokens:
         return None
-    lacking = np.maximum(needed - leg.pool.kv_total_tokens, 0.0)
-    life_s = leg.speeds.answer_tokens * leg.speeds.step[leg.role](float(needed.max()))
+    lacking = np.maximum(leg.kv_tokens + (leg.prompt_tokens - leg.pool.kv_total_tokens), 0.0)
+    life_s = leg.speeds.answer_tokens * leg.speeds.step[leg.role](most)
     return life_s * lacking / np.maximum(leg.kv_tokens, 1.0)
 
 
@@ -129,19 +159,29 @@ class Prediction(NamedTuple):
 def predict(prefill: tuple[Leg, int] | None, decode: tuple[Leg, int]) -> Prediction:
     """Of each leg and the place chosen in it, whatever policy chose."""
     leg, place = decode
-    speeds, step_load = leg.speeds, float(step_tokens(leg)[place])
-    itl_s = speeds.step[leg.role](step_load) * _at(leg.slowness, place)
     computing, at = prefill or decode
-    own = computing.uncached_tokens
-    tokens = float(tokens_ahead(computing, own)[at] + own[at])
+    speeds, own, queued = leg.speeds, _uncached(computing, at), computing.load.item(0, at)
+    tokens = queued + own
+    if computing.pool.lockstep:
+        slowest = computing.pool.slowest(computing.queued_tokens).item(at)
+        tokens = min(max(tokens, slowest), tokens + LOCKSTEP_TOKENS)
+    arriving = leg.prompt_tokens + REQUEST_TOKENS
+    load = leg.load.item(2, place) + REQUEST_TOKENS * leg.load.item(1, place) + arriving
+    if leg.pool.lockstep:
+        load = step_tokens(leg).item(place)
+    itl_s = speeds.step[leg.role](load) * _at(leg.slowness, place)
     ttft_s = speeds.prefill[computing.role](tokens) * _at(computing.slowness, at)
     moved = 0.0
     if prefill is not None:
-        moved = float(leg.uncached_tokens[place])
+        moved = _uncached(leg, place)
         groups = computing.pool.groups[at], leg.pool.groups[place]
         ttft_s += speeds.link(moved) * speeds.slow_links.get(groups, 1.0) + itl_s
-    return Prediction(tokens, moved, step_load, ttft_s, itl_s)
+    return Prediction(tokens, moved, load, ttft_s, itl_s)
+
+
+def _uncached(leg: Leg, place: int) -> float:
+    return leg.prompt_tokens - leg.block_size * leg.coming_blocks.item(place)
 
 
 def _at(slowness: Floats | float, place: int) -> float:
-    return slowness if isinstance(slowness, float) else float(slowness[place])
+    return slowness if isinstance(slowness, float) else slowness.item(place)

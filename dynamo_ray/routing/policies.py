@@ -109,7 +109,10 @@ def _blocks(config: RouterConfig) -> Policy:
 
 
 def _latency(config: RouterConfig) -> Policy:
-    return Policy(partial(latency.latency, slo=config.slo), pair=partial(latency.pair, slo=config.slo))
+    slo = config.slo
+    return Policy(
+        partial(latency.latency, slo=slo), partial(latency.terms, slo=slo), pair=partial(latency.pair, slo=slo)
+    )
 
 
 _BUILT_IN: dict[str, Callable[[RouterConfig], Policy]] = {

@@ -19,6 +19,9 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Places = NDArray[np.intp]
 
+MAX_MASKS = 256
+"""Sets of ranks remembered as arrays, per pool."""
+INF = float("inf")
 FEW_BITS = 12
 """Up to so many ranks of a mask are faster one by one than as an array."""
 
@@ -66,6 +69,7 @@ class Pool:
         self._hashes: NDArray[np.uint64] | None = None
         self._width = max(columns, default=0) + 1
         self._place = dict(zip(columns, range(len(columns)), strict=True))
+        self._by_mask: dict[int, Bools] = {}
 
     def __len__(self) -> int:
         return len(self.holders)
@@ -104,6 +108,15 @@ class Pool:
                     depths[place] = depth
 
     def _members(self, mask: int) -> Bools:
+        """Which candidates are in the mask. Remembered: who holds a system prompt is much the same for a while."""
+        members = self._by_mask.get(mask)
+        if members is None:
+            if len(self._by_mask) >= MAX_MASKS:
+                self._by_mask.clear()
+            members = self._by_mask[mask] = self._unpacked(mask)
+        return members
+
+    def _unpacked(self, mask: int) -> Bools:
         num_bytes = (max(self._width, mask.bit_length()) + 7) // 8
         packed = np.frombuffer(mask.to_bytes(num_bytes, "little"), np.uint8)
         return np.unpackbits(packed, bitorder="little").view(np.bool_)[self.columns]
@@ -119,11 +132,9 @@ class Leg:
     turn: int
     """Counts the legs of this role that were given out: what rotates, rotates by it."""
     pool: Pool
-    queued_tokens: Floats
-    """Prompt tokens each has to compute before this leg's."""
-    num_requests: Floats
-    kv_tokens: Floats
-    """Tokens whose KV each holds for requests."""
+    prompt_tokens: int
+    load: Floats
+    """As `LoadTable.values`: queued_tokens, num_requests and kv_tokens are its rows."""
     device_blocks: Floats
     """Leading prompt blocks each holds where its engine can use them at once."""
     host_blocks: Floats
@@ -140,23 +151,37 @@ class Leg:
         return self.pool.holders
 
     @property
+    def queued_tokens(self) -> Floats:
+        """Prompt tokens each has to compute before this leg's."""
+        queued: Floats = self.load[0]
+        return queued
+
+    @property
+    def num_requests(self) -> Floats:
+        """Requests each has, running and waiting."""
+        requests: Floats = self.load[1]
+        return requests
+
+    @property
+    def kv_tokens(self) -> Floats:
+        """Tokens whose KV each holds for requests."""
+        tokens: Floats = self.load[2]
+        return tokens
+
+    @property
     def computes_prompt(self) -> bool:
         """False of a decode leg, which is handed its KV."""
         return self.role is not Role.DECODE
 
     @property
-    def prompt_tokens(self) -> int:
-        return len(self.ask.token_ids)
-
-    @property
     def prompt_blocks(self) -> int:
         """Rounded up."""
-        return -(-len(self.ask.token_ids) // self.block_size)
+        return -(-self.prompt_tokens // self.block_size)
 
     @property
     def uncached_tokens(self) -> Floats:
-        """Prompt tokens each would have to compute (a decode leg: to be handed); the last one it computes always."""
-        return np.maximum(len(self.ask.token_ids) - self.block_size * self.coming_blocks, 1.0)
+        """Prompt tokens each would have to compute (a decode leg: to be handed)."""
+        return self.prompt_tokens - self.block_size * self.coming_blocks
 
     @property
     def slowness(self) -> Floats | float:
@@ -176,11 +201,12 @@ Picker = Callable[[Leg, Floats], int]
 def cheapest(leg: Leg, costs: Floats) -> int:
     """The lowest cost; of equals the one with the fewest requests, then in rotation, so that equals share work."""
     best = int(costs.argmin())
-    equal = (costs == costs[best]).nonzero()[0]
-    if len(equal) == 1:
+    like = costs == costs[best]
+    if np.count_nonzero(like) == 1:
         return best
+    equal = like.nonzero()[0]
     requests = leg.num_requests[equal]
-    equal = equal[requests == requests.min()]
+    equal = equal[requests == requests[requests.argmin()]]
     return int(equal[leg.turn % len(equal)])
 
 
@@ -194,6 +220,8 @@ class Policy:
     """Filters, a scorer, a picker. `Policy(score)` is what a plain function stands for."""
 
     score: Scorer
+    terms: Scorer | None = None
+    """What the scorer's one cost is the sum of, for explanations; None: the scorer says it itself, or nobody does."""
     filters: tuple[Filter, ...] = ()
     pick: Picker = cheapest
     pair: Pairing | None = None
@@ -211,29 +239,23 @@ class Nonsense(ValueError):
     """A policy's answer that names no candidate; the message says what it was."""
 
 
-Terms = Mapping[str, Floats]
-
-
-def total(policy: Policy, leg: Leg) -> tuple[Floats, Terms]:
-    """The policy's cost for each candidate, filtered ones at inf, and what it is made of.
+def total(policy: Policy, leg: Leg) -> Floats:
+    """The policy's cost for each candidate, filtered ones at inf.
 
     Raises:
         Nonsense: It is not one number for each, or there is none that may be taken.
     """
     scored = policy.score(leg)
-    terms = scored if isinstance(scored, Mapping) else {"cost": scored}
-    costs: Floats | int = 0
-    for term in terms.values():
-        costs = costs + term
+    costs = scored if isinstance(scored, np.ndarray) or not isinstance(scored, Mapping) else sum(scored.values())
     for allows in policy.filters:
         costs = np.where(allows(leg), costs, np.inf)
     if not isinstance(costs, np.ndarray) or costs.shape != (len(leg.pool),):
         shown = costs.shape if isinstance(costs, np.ndarray) else type(costs).__name__
         raise Nonsense(f"the costs are {shown}, not an array of {len(leg.pool)} numbers")
-    least = float(costs.min())
-    if not -np.inf < least < np.inf:
+    least = costs.item(costs.argmin())  # Where there is a NaN, that one.
+    if not -INF < least < INF:
         raise Nonsense(f"the lowest cost is {least}: no candidate can be taken")
-    return costs, terms
+    return costs
 
 
 def pick(policy: Policy, leg: Leg, costs: Floats) -> int:

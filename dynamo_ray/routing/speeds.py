@@ -13,9 +13,10 @@ FORGET = 0.98
 """Of a line's samples, at each new one: about the last fifty decide, so a change of load is followed in seconds."""
 CLIP = 4.0
 """A sample counts for at most so many times what was predicted: one stalled request must not bend a line."""
-RIDGE = 0.05
-"""Weight of the assumed line that stays: prompts that are all of one length do not tell overhead from speed."""
-BLEND = 0.1
+RIDGE = 2.0
+"""Samples that the assumed line, made as slow as what is seen, counts for at each end: prompts that are all of one
+length do not tell overhead from speed."""
+BLEND = 0.05
 """Weight of a new sample in a group's slowness, and in the mean length of answers."""
 FADE = 0.002
 """Of every group's slowness, at each sample of its role: a group that was slow is tried again."""
@@ -62,13 +63,16 @@ class Line:
     def _fit(self) -> None:
         """Neither part below zero, and a token never free: a queue must always cost something."""
         overhead_s, s_per_token, tokens = self._prior
-        at_tokens = overhead_s + s_per_token * tokens
-        n, x, y = self._n + 2 * RIDGE, self._x + RIDGE * tokens, self._y + RIDGE * (overhead_s + at_tokens)
-        xx, xy = self._xx + RIDGE * tokens * tokens, self._xy + RIDGE * tokens * at_tokens
+        assumed_s = overhead_s + s_per_token * tokens
+        unseen_s = assumed_s * FORGET**self.num_samples
+        factor = (self._y + unseen_s) / (self._n * overhead_s + self._x * s_per_token + unseen_s)
+        overhead_s, assumed_s = factor * overhead_s, factor * assumed_s
+        n, x, y = self._n + 2 * RIDGE, self._x + RIDGE * tokens, self._y + RIDGE * (overhead_s + assumed_s)
+        xx, xy = self._xx + RIDGE * tokens * tokens, self._xy + RIDGE * tokens * assumed_s
         slope = (n * xy - x * y) / (n * xx - x * x)
         if slope * x > y:
             slope = xy / xx
-        self.s_per_token = max(slope, s_per_token / 1000)
+        self.s_per_token = max(slope, factor * s_per_token / 100)
         self.overhead_s = max((y - self.s_per_token * x) / n, 0.0)
 
 
@@ -91,7 +95,8 @@ class Speeds:
         self._links: dict[tuple[str, str], float] = {}
         self.slow_links: dict[tuple[str, str], float] = {}
         """Seconds of a hand-off between (prefill group, decode group) over what `link` says, where it is not noise."""
-        self._any_slow = False
+        self.any_slow = False
+        """Whether `slowness` is more than noise anywhere."""
 
     def up(self, group: str, columns: Sequence[int]) -> None:
         """Know these ranks of a lockstep group, as fast as any until seen."""
@@ -116,7 +121,7 @@ class Speeds:
 
     def slowness(self, columns: NDArray[np.intp]) -> NDArray[np.float64] | float:
         """Seconds these ranks take over what their role's line says; 1.0 where none differs by more than noise."""
-        if not self._any_slow:
+        if not self.any_slow:
             return 1.0
         slowness = self._slowness.take(columns)
         return np.where((slowness > NOISE) | (slowness < 1 / NOISE), slowness, 1.0)
@@ -154,4 +159,4 @@ class Speeds:
         slowness = self._slowness
         slowness += (1.0 - slowness) * FADE
         slowness[columns] += BLEND * (min(max(ratio, 1 / CLIP), CLIP) - slowness[columns])
-        self._any_slow = bool(((slowness > NOISE) | (slowness < 1 / NOISE)).any())
+        self.any_slow = bool(((slowness > NOISE) | (slowness < 1 / NOISE)).any())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -232,3 +234,65 @@ def test_nonsense_of_a_policy_is_counted_and_the_request_goes_where_fewest_are(
     picked: Pick = chooser.choose(ask(), None, every(chooser), 0.0).decode
     assert picked.holder.worker == "w1"
     assert chooser.num_policy_errors == 1
+
+
+def test_a_session_stays_with_its_rank_and_only_the_lost_rank_s_sessions_move() -> None:
+    chooser = workers(8, policy="session")
+    names = [f"conversation {number}" for number in range(400)]
+    before = {name: chosen(chooser, ask(session=name)) for name in names}
+    assert {name: chosen(chooser, ask([1, 2, 3], session=name)) for name in names} == before
+    counts = Counter(before.values())
+    assert len(counts) == 8
+    assert max(counts.values()) < 100
+    chooser.down("w3", 1)
+    mask = every(chooser)
+    after = {name: chooser.choose(ask(session=name), None, mask, 0.0).decode.holder.worker for name in names}
+    assert {name for name in names if after[name] != before[name]} == {n for n in names if before[n] == "w3"}
+    assert len({after[name] for name in names if before[name] == "w3"}) > 3, "they spread"
+    chooser.up(WorkerFacts("w3", 2, Role.AGGREGATED, 1, SIZE, 1000))
+    assert {n: chooser.choose(ask(session=n), None, every(chooser), 0.0).decode.holder.worker for n in names} == before
+
+
+def test_without_a_session_the_least_loaded_is_taken() -> None:
+    for policy in ("session", "least_loaded"):
+        chooser = workers(policy=policy)
+        load(chooser, "w0", 0, 1)
+        load(chooser, "w1", 0, 0)
+        load(chooser, "w2", 0, 0)
+        load(chooser, "w2", 0, 0)
+        assert chosen(chooser) == "w1"
+
+
+def test_random_is_even_and_the_same_again_for_the_same_seed() -> None:
+    runs = [
+        [chosen(workers_, None) for _ in range(300)]
+        for workers_ in (workers(policy="random", seed=s) for s in (1, 1, 2))
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert min(Counter(runs[0]).values()) > 70
+
+
+def test_a_temperature_draws_the_cheaper_more_often() -> None:
+    chooser = workers(policy="blocks", router_temperature=0.5)
+    store(chooser, "w1", 8)
+    drawn = Counter()
+    for _ in range(300):
+        choice = chooser.choose(ask(), None, every(chooser), 0.0)
+        chooser.book(choice, 0.0).free(0.0)
+        drawn[choice.decode.holder.worker] += 1
+    assert drawn["w1"] > drawn["w0"] > 0
+    assert drawn["w2"] > 0
+
+
+def test_host_and_disk_blocks_count_for_less_and_a_queue_takes_from_the_credit() -> None:
+    leg = workers(policy="blocks").choose(ask(), None, 7, 0.0).decode.leg
+    leg = replace(
+        leg, device_blocks=np.array([2.0, 2, 0]), host_blocks=np.array([6.0, 2, 0]), disk_blocks=np.array([8.0, 2, 0])
+    )
+    costs = policies.blocks(leg)
+    assert isinstance(costs, dict)
+    assert costs["prefill_blocks"].tolist() == [10 - 2 - 0.75 * 4 - 0.25 * 2, 8, 10]
+    leg.load[0, 1] = len(PROMPT)
+    decayed = policies.blocks(leg, overlap_score_credit_decay=1.0)
+    assert isinstance(decayed, dict)
+    assert decayed["prefill_blocks"][1] == 20 - 2 / 2
