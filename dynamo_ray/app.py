@@ -11,6 +11,7 @@ from ray import serve
 from dynamo_ray import config_file, models
 from dynamo_ray.cluster import orchestrator
 from dynamo_ray.config import HAPROXY_ENVIRONMENT, DeploymentConfig
+from dynamo_ray.errors import ConfigError, Problem
 from dynamo_ray.request import ingress
 
 log = logging.getLogger("ray.serve")
@@ -20,10 +21,12 @@ def build(args: DeploymentConfig) -> serve.Application:
     """The ingress in front of an orchestrator that starts the workers; `args` is what stands under `args:`.
 
     Raises:
-        ConfigError: Its engines would not take the arguments they are given.
+        ConfigError: Its engines would not take the arguments they are given, or it names no NATS server.
         ModelError: The model is one that a command makes, and is not there; names the command.
     """
     config_file.check_engines(args)
+    if args.nats_events is not None and not args.nats_events.urls:
+        raise ConfigError((Problem("nats.urls", "missing: only `dynamo-ray up` starts a server; name yours here"),))
     key = models.key_of(args.model.folder)
     if key is not None and not args.model.folder.is_dir():
         raise models.ModelError(f"{args.model.folder} is missing; make it with `dynamo-ray model {key}`")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -204,6 +206,54 @@ class RouterConfig(_Frozen):
     """Given: some prompts are computed by the decode worker itself, and nothing of them is handed over."""
 
 
+def _check_secret(value: str) -> str:
+    if value.startswith("${") and not SECRET_ELSEWHERE.fullmatch(value):
+        raise ValueError("write ${NAME} for an environment variable, ${file:/path} for a file's content")
+    return value
+
+
+SECRET_ELSEWHERE = re.compile(r"\$\{(?:file:(?P<file>/[^}]+)|(?P<variable>[A-Za-z_][A-Za-z0-9_]*))\}")
+Secret = Annotated[str, Field(min_length=1), AfterValidator(_check_secret)]
+"""A literal, `${NAME}`: an environment variable, or `${file:/path}`: a file's content; read where it is used."""
+
+
+class NatsConfig(_Frozen):
+    """Where the NATS servers are, and how much their stream keeps. Read where `events: nats`."""
+
+    urls: tuple[Annotated[str, Field(pattern=r"^(nats|tls)://[^@\s]+$")], ...] = ()
+    """nats:// or tls://host:port, of one cluster; who we are stands below, not here. Empty: `dynamo-ray up` starts a
+    private server on this machine."""
+    user: str | None = Field(default=None, min_length=1)
+    password: Secret | None = None
+    token: Secret | None = None
+    creds_file: str | None = Field(default=None, min_length=1)
+    """A credentials file, as `nsc` makes them."""
+    ca_file: str | None = Field(default=None, min_length=1)
+    """PEM of the authority that signed the servers' certificates; None: the system's. Only with tls://."""
+    prefix: str = Field(default="dynamo_ray", pattern=r"^[A-Za-z0-9_-]+$")
+    """First part of every subject, and of the stream's name; the application's name follows."""
+    max_age_s: PositiveFloat = 3600.0
+    max_bytes: Annotated[int, Field(ge=2**20)] = 2**30
+    """Of the application's stream. Whoever starts after something was discarded asks for what it was."""
+    replicas: Annotated[int, Field(ge=1, le=5)] = 1
+    """Servers that keep a copy of the stream."""
+
+    @model_validator(mode="after")
+    def _check_identity(self) -> NatsConfig:
+        if (self.user is None) != (self.password is None):
+            missing = "user" if self.user is None else "password"
+            raise ValueError(f"{missing}: missing beside the other of user and password")
+        ways = {"user": self.user, "token": self.token, "creds_file": self.creds_file}
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: given beside {given[0]}; a client is one of them")
+        if given and not self.urls:
+            raise ValueError(f"{given[0]}: of no use without `urls`; name the servers, or leave it out")
+        if self.ca_file is not None and not any(url.startswith("tls://") for url in self.urls):
+            raise ValueError("ca_file: no URL begins with tls://; write tls:// in `urls`, or leave it out")
+        return self
+
+
 class LimitsConfig(_Frozen):
     """Bounds, each of which answers instead of queueing without end."""
 
@@ -236,8 +286,11 @@ class DeploymentConfig(_Frozen):
     transfer: TransferConfig = TransferConfig()
     router: RouterConfig = RouterConfig()
     limits: LimitsConfig = LimitsConfig()
-    events: Literal["zmq", "none"] = "zmq"
-    """How KV events reach the router; `none`: it routes by what it routed before."""
+    events: Literal["zmq", "nats", "none"] = "zmq"
+    """How KV events reach the router: straight from every rank, or by NATS, where others can listen too. `none`: it
+    routes by what it routed before."""
+    nats: NatsConfig | None = None
+    """Left out with `events: nats`: a private server, as NatsConfig.urls says."""
     api_keys: tuple[str, ...] = ()
     """Any of these must come as `Authorization: Bearer`; empty: open."""
 
@@ -269,6 +322,14 @@ class DeploymentConfig(_Frozen):
         return self
 
     @model_validator(mode="after")
+    def _check_events(self) -> DeploymentConfig:
+        if self.nats is not None and self.events != "nats":
+            raise ValueError(
+                f"nats: is read with `events: nats` alone, and events is {self.events}; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_launchers(self) -> DeploymentConfig:
         possible = LAUNCHERS[self.backend]
         for role in self.roles:
@@ -296,6 +357,11 @@ class DeploymentConfig(_Frozen):
         """The roles that exist, in the order workers are started."""
         given = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.AGGREGATED: self.aggregated}
         return {role: config for role, config in given.items() if config is not None}
+
+    @property
+    def nats_events(self) -> NatsConfig | None:
+        """Of a deployment whose events go by NATS."""
+        return (self.nats or NatsConfig()) if self.events == "nats" else None
 
     def launcher(self, role: Role) -> Launcher:
         """How that role's ranks are started."""

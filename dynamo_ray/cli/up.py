@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from dynamo_ray.cli import local_ray, preflight, serving, state
+from dynamo_ray.cli import local_nats, local_ray, preflight, serving, state
 from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable
 from dynamo_ray.cli.fake_cluster import FakeCluster, fake_cluster
 from dynamo_ray.config import DeploymentConfig
@@ -126,6 +126,7 @@ def up(
         if address is None:
             state.running()  # for what it ends: a proxy of a killed `up` may sit on the port
             preflight.check(checked, chosen, progress)
+        checked = resources.enter_context(local_nats.provided(checked, folder, private=address is None))
         deployment = Deployment(checked, resources, _entry(checked, chosen, address, folder))
         prepared(deployment)
         if address is None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -21,9 +22,13 @@ from dynamo_ray.cluster.ports import PortBlock, reserve_ports
 from dynamo_ray.cluster.presence import Presence, presence
 from dynamo_ray.cluster.processes import kill_predecessors
 from dynamo_ray.cluster.worker import WorkerServer
+from dynamo_ray.config import NatsConfig
 from dynamo_ray.request.wire import WorkerInfo, endpoint_name
 from placement import reserve
 from placement.plan import Bundle
+
+if TYPE_CHECKING:
+    from dynamo_ray.events.nats.publisher import Publisher
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +99,7 @@ class EngineNode:
         self._role = Role.AGGREGATED
         self._engine: Engine | None = None
         self._server: WorkerServer | None = None
+        self._publisher: Publisher | None = None
         self._info: WorkerInfo | None = None
         self._started = asyncio.Event()
         self._ending = False
@@ -113,8 +119,17 @@ class EngineNode:
             self._ports = reserve_ports(address, num_ports)
         return NodePlace(address, self._ports.ports)
 
-    async def start(self, backend: str, spec: LaunchSpec, secret: bytes, max_queued_requests: int) -> WorkerInfo | None:
+    async def start(
+        self,
+        backend: str,
+        spec: LaunchSpec,
+        secret: bytes,
+        max_queued_requests: int,
+        nats: NatsConfig | None = None,
+    ) -> WorkerInfo | None:
         """Start this node's share of the engine; where it takes requests, serve it, and say where.
+
+        With `nats`, what its ranks hold and how busy they are is published there.
 
         Raises:
             EngineStartError: It cannot; nothing is left running.
@@ -122,6 +137,7 @@ class EngineNode:
         self._backend, self._role = backend, spec.role
         try:
             await self._start(backend, spec, secret, max_queued_requests)
+            self._publish(spec, nats)
         except (Exception, SystemExit) as error:
             log.exception("%s could not start", spec.worker)
             explained = error if isinstance(error, EngineStartError) else self._explain_start(error)
@@ -145,6 +161,18 @@ class EngineNode:
             max_queued_requests=max_queued_requests,
         )
         self._info = await self._server.start(engine_info)
+
+    def _publish(self, spec: LaunchSpec, nats: NatsConfig | None) -> None:
+        """Raises ConfigError where this node has not what it takes to reach NATS."""
+        if nats is None or self._server is None or self._engine is None or self._info is None:
+            return
+        from dynamo_ray.events.nats.publisher import Publisher  # late: most need no nats-py
+
+        info = self._info
+        publisher = Publisher(nats, self._assignment.app, spec.model, info.worker, info.epoch, self._engine.load)
+        publisher.start(info.engine.kv_event_sources)
+        self._server.on_flush = publisher.flushed
+        self._publisher = publisher
 
     async def unready(self) -> Failure | None:
         """What its engine's last lines tell of a start that takes too long; None once it is ready."""
@@ -209,10 +237,12 @@ class EngineNode:
     async def stop(self) -> None:
         """Stop serving and the engine; safe to call twice. The caller kills this actor next."""
         self._ending = True
-        server, engine = self._server, self._engine
-        self._server = self._engine = None
+        server, engine, publisher = self._server, self._engine, self._publisher
+        self._server = self._engine = self._publisher = None
         with border():
             try:
+                if publisher is not None:
+                    await publisher.close()
                 if server is not None:
                     await server.stop()
             finally:

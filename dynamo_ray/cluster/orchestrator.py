@@ -41,6 +41,8 @@ from dynamo_ray.cluster.replicas import Replicas
 from dynamo_ray.cluster.supervisor import Supervisor, Timings
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.events.bookings import Peer
+from dynamo_ray.events.nats.lifecycle import LifecyclePublisher
+from dynamo_ray.events.nats.wire import Lifecycle
 from dynamo_ray.request.membership import Membership, WorkerStatus
 
 log = logging.getLogger("ray.serve")
@@ -100,6 +102,10 @@ class Orchestrator:
         # Greater than any version that an earlier orchestrator of this application gave out.
         self._membership = Membership(int(time.time() * 1000), secret, (), self._supervisor.statuses())
         self._replicas = Replicas(REPLICA_LEASE_S)
+        self._lifecycle = None if checked.nats_events is None else LifecyclePublisher(checked.nats_events, self._app)
+        if self._lifecycle is not None:
+            self._lifecycle.start()
+            self._tell_lifecycle()
         for adopted in await self._fleet.adopt():
             self._apply(adopted)
             self._watch(adopted.worker, adopted.epoch)
@@ -142,6 +148,8 @@ class Orchestrator:
             self._stop()
         if self._supervisor.stopping:
             await self._stopped.wait()
+        if self._lifecycle is not None:
+            await self._lifecycle.close()
         for task in list(self._tasks):
             task.cancel()
 
@@ -191,6 +199,14 @@ class Orchestrator:
             if (old.phase, old.detail) != (new.phase, new.detail):
                 log.info("%s epoch %d is %s: %s", new.worker, new.epoch, new.phase, new.detail)
         self._announce(workers=self._supervisor.members(), statuses=statuses)
+        self._tell_lifecycle()
+
+    def _tell_lifecycle(self) -> None:
+        if self._lifecycle is not None:
+            self._lifecycle.tell(
+                Lifecycle(s.worker, s.role, s.epoch, s.phase, s.detail, s.restarts, s.since_unix_s, time.time())
+                for s in self._supervisor.statuses()
+            )
 
     def _announce(self, **changes: Any) -> None:
         version = self._membership.version + 1

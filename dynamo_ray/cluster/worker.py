@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import cast
 
@@ -48,6 +48,8 @@ class WorkerServer:
         self.draining = False
         self.holds: frozenset[Hold] = frozenset()
         self.flushes = 0
+        self.on_flush: Callable[[], None] = lambda: None
+        """Called after `flushes` has grown."""
         self.peers: set[_Peer] = set()
         self.num_requests = 0
         self._worker, self._epoch, self._host, self._port = worker, epoch, host, port
@@ -103,6 +105,7 @@ class WorkerServer:
         finally:
             if empties_caches(command):  # perhaps half, where it failed
                 self.flushes += 1
+                self.on_flush()
                 self._send_heartbeat()
 
     @property

@@ -75,7 +75,7 @@ def config_hash(config: DeploymentConfig, role: Role) -> str:
         "accelerator": config.accelerator,
         "role": role_config.model_dump(mode="json", exclude={"replicas"}),
         "transfer": config.transfer.model_dump(mode="json"),
-        "events": config.events,
+        "events": config.events if config.nats_events is None else config.nats_events.model_dump(mode="json"),
         "max_queued_requests": config.limits.max_queued_requests,
     }
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import zmq
 import zmq.asyncio
@@ -21,6 +21,7 @@ from backends.kv_events import (
 from backends.kv_publisher import END_OF_REPLAY
 from dynamo_ray.routing.anomalies import Anomalies, Anomaly
 from dynamo_ray.routing.kv_index import Holder, Snapshot
+from dynamo_ray.telemetry import Reading
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,10 @@ class KVEventSubscriber:
         """The batch that a rank's state here lacks first: what a snapshot of it is called by. None: not followed."""
         rank = self._ranks.get(holder)
         return None if rank is None else rank.next_sequence
+
+    def readings(self) -> Iterator[Reading]:
+        """None of its own: the index and `anomalies` tell all there is."""
+        return iter(())
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())

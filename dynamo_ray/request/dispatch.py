@@ -10,8 +10,7 @@ from backends.engine import EngineInfo, RankLoad, Role, TokenChunk
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import NotReady
 from dynamo_ray.events.bookings import Peer
-from dynamo_ray.events.peers import Peers
-from dynamo_ray.events.zmq import KVEventSubscriber
+from dynamo_ray.events.plane import event_plane, peer_plane
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.membership import Membership, Phase
@@ -39,7 +38,11 @@ class Dispatch:
     """
 
     def __init__(
-        self, config: DeploymentConfig, watch: Callable[[int], Awaitable[Membership]], host: str | None = None
+        self,
+        config: DeploymentConfig,
+        watch: Callable[[int], Awaitable[Membership]],
+        host: str | None = None,
+        app: str = "default",
     ) -> None:
         self.config = config
         self.membership: Membership | None = None
@@ -47,11 +50,9 @@ class Dispatch:
         self._follower: asyncio.Task[None] | None = None
         self.workers = Workers(config.limits.heartbeat_timeout_s, self._up, self._down, self._heard, self._flushed)
         self.router = Router(config, self.workers)
-        index, room = self.router.index, self.router.room
-        self.events = KVEventSubscriber(
-            self.router.apply, self.router.uncertain, index.restore, self._resync, index.anomalies
-        )
-        self.peers = None if host is None else Peers(host, self.router.table, room.wake, self._snapshot)
+        table, wake, anomalies = self.router.table, self.router.room.wake, self.router.index.anomalies
+        self.events = event_plane(config, app, self.router, self._resync, anomalies)
+        self.peers = None if host is None else peer_plane(config, app, host, table, wake, self._snapshot)
 
     async def start(self) -> None:
         self._follower = asyncio.create_task(self._follow(), name="membership")
@@ -113,6 +114,7 @@ class Dispatch:
         """What this process knows of the workers and of its own index, for /metrics."""
         yield from of_workers(self.router, self.workers, tuple(self.config.roles))
         yield from of_index(self.router, self.events)
+        yield from self.events.readings()
         yield from self.router.tally.readings()
         yield from self.router.room.readings()
         if self.peers is not None:
@@ -154,7 +156,7 @@ class Dispatch:
 
     def _up(self, info: WorkerInfo) -> None:
         self.router.up(info)
-        if self.config.events == "zmq":
+        if self.config.events != "none":
             self.events.subscribe(info.worker, info.epoch, info.engine.kv_event_sources)
 
     def _down(self, info: WorkerInfo) -> None:

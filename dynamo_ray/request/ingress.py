@@ -35,7 +35,9 @@ class Ingress:
             membership: Membership = await orchestrator.watch.remote(version, self._dispatch.peer)
             return membership
 
-        self._dispatch = Dispatch(self._config, watch, ray.util.get_node_ip_address())
+        self._dispatch = Dispatch(
+            self._config, watch, ray.util.get_node_ip_address(), serve.get_replica_context().app_name
+        )
         await self._dispatch.start()
 
     async def __serve_build_asgi_app__(self) -> Front:

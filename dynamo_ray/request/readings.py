@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from backends.engine import Role
-from dynamo_ray.events.zmq import KVEventSubscriber
+from dynamo_ray.events.plane import EventPlane
 from dynamo_ray.request.router import Router
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.ranks import Holder
@@ -27,7 +27,7 @@ def of_workers(router: Router, workers: Workers, roles: Sequence[Role]) -> Itera
             yield "dynamo_ray_worker_paused", "Halted by a command", {"worker": worker}, worker in halted
 
 
-def of_index(router: Router, events: KVEventSubscriber) -> Iterator[Reading]:
+def of_index(router: Router, events: EventPlane) -> Iterator[Reading]:
     index = router.index
     yield "dynamo_ray_index_blocks", "Distinct blocks in the KV index", {}, index.num_blocks
     yield "dynamo_ray_index_orphan_blocks_total", "Blocks whose parent was unknown", {}, index.orphan_blocks

@@ -27,6 +27,7 @@ from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import chain_seed
 from dynamo_ray.routing.chooser import Booked, Choice, Chooser, Pick, WorkerFacts
 from dynamo_ray.routing.explanation import Explanation, Route, attributes, brief
+from dynamo_ray.routing.kv_index import Snapshot
 from dynamo_ray.routing.policy import Ask
 from dynamo_ray.routing.ranks import Holder
 
@@ -128,6 +129,13 @@ class Router:
 
     def uncertain(self, holder: Holder) -> None:
         self.chooser.uncertain(holder)
+
+    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
+        self.index.restore(holder, snapshot)
+
+    def load(self, holder: Holder, load: RankLoad) -> None:
+        self.chooser.heard(holder, load)
+        self.room.wake()
 
     def retried(self, failure: LegFailed) -> None:
         self.tally.retries += 1

@@ -1,0 +1,1 @@
+"""The event plane over NATS; docs/events.md says what is published where."""

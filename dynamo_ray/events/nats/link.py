@@ -1,0 +1,231 @@
+"""One connection to NATS, made again whenever it is lost; and the stream behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.errors import BadRequestError, NotFoundError
+
+from dynamo_ray.config import SECRET_ELSEWHERE, NatsConfig
+from dynamo_ray.errors import ConfigError, Problem
+from dynamo_ray.events.nats.wire import Subjects
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2.0
+PROBE_EVERY_S = 1.0
+PROBE_TIMEOUT_S = 2.0
+"""A server silent for this long is left: it may hang, and never say so."""
+RETRY_S = 0.5
+CLOSE_TIMEOUT_S = 0.5
+CANCEL_AGAIN_S = 0.2
+REQUEST_TIMEOUT_S = 3.0
+
+
+def options(config: NatsConfig) -> dict[str, Any]:
+    """What `nats.connect` is given; secrets are read here, in the process that uses them.
+
+    Raises:
+        ConfigError: A secret, or a file, is not there; names the field.
+    """
+    if not config.urls:
+        raise _wrong("urls", "missing: only `dynamo-ray up` on a private Ray starts a server; write nats://host:port")
+    found: dict[str, Any] = {"servers": list(config.urls)}
+    if config.user is not None and config.password is not None:
+        found |= {"user": config.user, "password": _secret("password", config.password)}
+    if config.token is not None:
+        found["token"] = _secret("token", config.token)
+    if config.creds_file is not None:
+        found["user_credentials"] = str(_file("creds_file", config.creds_file))
+    if any(url.startswith("tls://") for url in config.urls):
+        found["tls"] = _tls(config)
+    return found
+
+
+def _secret(field: str, value: str) -> str:
+    elsewhere = SECRET_ELSEWHERE.fullmatch(value)
+    if elsewhere is None:
+        return value
+    if elsewhere["file"]:
+        return _file(field, elsewhere["file"]).read_text(encoding="utf-8").strip()
+    name = elsewhere["variable"]
+    if name not in os.environ:
+        raise _wrong(field, f"the environment variable {name} is not set; set it on every node before Ray starts")
+    return os.environ[name]
+
+
+def _tls(config: NatsConfig) -> ssl.SSLContext:
+    authority = None if config.ca_file is None else str(_file("ca_file", config.ca_file))
+    try:
+        return ssl.create_default_context(cafile=authority)
+    except ssl.SSLError as error:
+        raise _wrong("ca_file", f"{authority} is no PEM of certificates: {error}") from error
+
+
+def _file(field: str, path: str) -> Path:
+    file = Path(path).expanduser()
+    if not os.access(file, os.R_OK) or not file.is_file():
+        raise _wrong(field, f"there is no readable file {file} on this node")
+    return file
+
+
+def _wrong(field: str, message: str) -> ConfigError:
+    return ConfigError((Problem(f"nats.{field}", message),))
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One incarnation of the application's stream."""
+
+    created: str
+    last_sequence: int
+
+    def continues(self, before: Stream | None) -> bool:
+        """Whether it still has what it had then, but for what it was told to discard."""
+        return before is not None and self.created == before.created and self.last_sequence >= before.last_sequence
+
+
+class Link:
+    """Runs `serve(client)` on every connection, as long as it lasts; `start` to `close`.
+
+    Nobody waits for it. A server that is away, hangs or refuses us is tried again for ever.
+
+    Raises:
+        ConfigError: As `options`, when constructed.
+    """
+
+    def __init__(
+        self, config: NatsConfig, subjects: Subjects, name: str, serve: Callable[[Client], Awaitable[None]]
+    ) -> None:
+        self._options = options(config)
+        self._config, self._subjects, self._name, self._serve = config, subjects, name, serve
+        self._task: asyncio.Task[None] | None = None
+        self._complaint = ""
+        self.connected = False
+        self.num_connections = 0
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"nats-{self._name}")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await end([self._task])
+
+    async def stream(self, jetstream: JetStreamContext) -> Stream:
+        """The application's stream, made or changed to what the configuration says."""
+        config, subjects = self._config, self._subjects
+        wanted = StreamConfig(
+            name=subjects.stream,
+            subjects=subjects.kept,
+            retention=RetentionPolicy.LIMITS,
+            discard=DiscardPolicy.OLD,
+            storage=StorageType.FILE,
+            max_age=config.max_age_s,
+            max_bytes=config.max_bytes,
+            num_replicas=config.replicas,
+            duplicate_window=min(2.0, config.max_age_s),
+        )
+        try:
+            info = await jetstream.stream_info(subjects.stream)
+        except NotFoundError:
+            with contextlib.suppress(BadRequestError):  # another one has just made it, with other limits
+                await jetstream.add_stream(wanted)
+            info = await jetstream.stream_info(subjects.stream)
+        found = info.config
+        if (found.max_age, found.max_bytes, found.num_replicas, sorted(found.subjects or [])) != (
+            wanted.max_age,
+            wanted.max_bytes,
+            wanted.num_replicas,
+            sorted(subjects.kept),
+        ):
+            info = await jetstream.update_stream(wanted)
+        return Stream(str(info.created), info.state.last_seq)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with self._connection() as client:
+                    self.connected, self._complaint = True, ""
+                    self.num_connections += 1
+                    log.info("%s: connected to NATS", self._name)
+                    await _while_answering(client, self._serve(client))
+            except Exception as error:  # noqa: BLE001 - whatever NATS or its library does, routing goes on
+                self._complain(error)
+            finally:
+                self.connected = False
+            await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.5))
+
+    def _complain(self, error: Exception) -> None:
+        """Once for each thing that is said."""
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        complaint = str(error) or repr(error)
+        if complaint != self._complaint:
+            self._complaint = complaint
+            log.warning("%s: NATS at %s: %s; trying again", self._name, ", ".join(self._config.urls), complaint)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Client]:
+        async def said(error: Exception) -> None:
+            log.debug("%s: NATS: %s", self._name, error)
+
+        client = Client()
+        try:
+            async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
+                await client.connect(
+                    name=self._name,
+                    allow_reconnect=False,
+                    reconnect_time_wait=0,  # we wait
+                    connect_timeout=CONNECT_TIMEOUT_S,  # type: ignore[arg-type]  # it takes fractions
+                    ping_interval=3600,  # we probe
+                    error_cb=said,
+                    **self._options,
+                )
+            yield client
+        finally:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await client.close()
+
+
+async def _while_answering(client: Client, work: Awaitable[None]) -> None:
+    """Run it until it ends, or the server does not answer any more; raises why."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_probe(client))]
+    for task in tasks:
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # of both, only one is raised
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        await end(tasks)
+
+
+async def end(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel and wait, again while they go on: nats-py 2.16 takes a cancellation for a closed connection at times."""
+    ending = list(tasks)
+    while left := [task for task in ending if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
+    await asyncio.gather(*ending, return_exceptions=True)
+
+
+async def _probe(client: Client) -> None:
+    while True:
+        async with asyncio.timeout(PROBE_TIMEOUT_S + 1.0):
+            await client.flush(timeout=PROBE_TIMEOUT_S)  # type: ignore[arg-type]
+        await asyncio.sleep(PROBE_EVERY_S)

@@ -1,0 +1,371 @@
+"""KV events through a real nats-server that dies, hangs, forgets and loses: every index ends exact, nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import nats
+import pytest
+
+from backends.engine import KVEventSource, RankLoad
+from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, KVEventBatch
+from backends.kv_publisher import KVEventPublisher
+from dynamo_ray.config import NatsConfig
+from dynamo_ray.errors import ConfigError
+from dynamo_ray.events.nats import link, publisher, subscriber, wire
+from dynamo_ray.events.nats.publisher import Publisher
+from dynamo_ray.events.nats.server import PrivateServer
+from dynamo_ray.events.nats.subscriber import NatsSubscriber
+from dynamo_ray.events.nats.wire import Subjects
+from dynamo_ray.routing.block_hash import block_hashes, chain_seed
+from dynamo_ray.routing.kv_index import KVIndex, Snapshot
+from dynamo_ray.routing.ranks import Holder, Ranks
+
+TOKEN = "for tests"
+SIZE = 4
+HEAL_S = 8.0
+HASHES = {block: block_hashes([block] * SIZE, SIZE, chain_seed("m", None, None)) for block in range(1100)}
+names = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateServer]:
+    made = PrivateServer(tmp_path_factory.mktemp("nats") / "server", TOKEN)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in production, but sooner."""
+    for name, value in (("PROBE_EVERY_S", 0.2), ("PROBE_TIMEOUT_S", 0.5), ("CONNECT_TIMEOUT_S", 0.5), ("RETRY_S", 0.1)):
+        monkeypatch.setattr(link, name, value)
+    monkeypatch.setattr(publisher, "MIN_RESTATE_S", 0.1)
+
+
+class Engine:
+    """One rank that publishes as engines do, and what a listener that missed nothing would know of it."""
+
+    def __init__(self, holder: Holder) -> None:
+        self.holder = holder
+        self.zmq = KVEventPublisher("127.0.0.1")
+        self.truth = Index([holder])
+        self.sequence = 0
+
+    @property
+    def source(self) -> KVEventSource:
+        return KVEventSource(self.holder.dp_rank, self.zmq.endpoint, self.zmq.replay_endpoint, "simulated-1")
+
+    def say(self, *events: KVEvent) -> None:
+        batch = KVEventBatch(self.sequence, self.holder.dp_rank, list(events))
+        self.sequence += 1
+        self.zmq.publish(batch)
+        self.truth.apply(self.holder, batch)
+
+    def store(self, first: int, last: int) -> None:
+        """Blocks of which each has a prompt of its own."""
+        for block in range(first, last):
+            self.say(BlockStored([block], None, [block] * SIZE, SIZE))
+
+
+class Index:
+    """An ingress's index, as a Listener."""
+
+    def __init__(self, holders: list[Holder]) -> None:
+        self.index = KVIndex("m", Ranks())
+        self.loads: dict[Holder, RankLoad] = {}
+        for holder in holders:
+            self.index.add_holder(holder)
+
+    def apply(self, holder: Holder, batch: KVEventBatch) -> None:
+        self.index.apply(holder, batch)
+
+    def uncertain(self, holder: Holder) -> None:
+        self.index.doubt(holder)
+
+    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
+        self.index.restore(holder, snapshot)
+
+    def load(self, holder: Holder, load: RankLoad) -> None:
+        self.loads[holder] = load
+
+    def blocks(self, holder: Holder) -> set[int]:
+        """Those of `Engine.store` that the rank holds."""
+        return {block for block, hashes in HASHES.items() if self.index.overlap(hashes).get(holder)}
+
+
+class Rig:
+    """Two ranks of one worker, its publisher, and as many ingresses as a test asks for."""
+
+    def __init__(self, server: PrivateServer) -> None:
+        self.server = server
+        self.app = f"app {next(names)}"
+        self.config = NatsConfig(urls=(server.url,), token=TOKEN)
+        self.subjects = Subjects(self.config.prefix, self.app)
+        self.engines = [Engine(Holder("prefill-0.1", 7, rank)) for rank in range(2)]
+        self.publisher = Publisher(self.config, self.app, "m", "prefill-0.1", 7, lambda: (RankLoad(0, 1, 2, 3, 4),))
+        self.replicas: list[tuple[Index, NatsSubscriber]] = []
+
+    def start(self) -> None:
+        self.publisher.start([engine.source for engine in self.engines])
+
+    def replica(self) -> Index:
+        index = Index([engine.holder for engine in self.engines])
+        plane = NatsSubscriber(self.config, self.app, index)
+        plane.subscribe("prefill-0.1", 7, [engine.source for engine in self.engines])
+        self.replicas.append((index, plane))
+        return index
+
+    def read(self, index: Index, engine: Engine) -> bool:
+        """That rank, to its last batch."""
+        plane = next(plane for known, plane in self.replicas if known is index)
+        follower = plane._workers[engine.holder.worker, engine.holder.epoch].followers[engine.holder.dp_rank]
+        return follower.next_sequence == self.publisher._ranks[engine.holder.dp_rank].next_sequence >= engine.sequence
+
+    async def exact(self, timeout_s: float = HEAL_S) -> None:
+        """Every replica, within that time; and what it takes for exact is."""
+
+        def healed() -> bool:
+            return all(self.read(index, engine) for index, _ in self.replicas for engine in self.engines)
+
+        try:
+            await until(healed, timeout_s)
+        except TimeoutError:
+            raise AssertionError(f"not exact after {timeout_s:g} s: {self.progress}") from None
+        for index, _ in self.replicas:
+            for engine in self.engines:
+                assert index.blocks(engine.holder) == engine.truth.blocks(engine.holder)
+
+    @property
+    def progress(self) -> object:
+        said = [
+            (engine.sequence, rank.next_sequence)
+            for engine, rank in zip(self.engines, self.publisher._ranks.values(), strict=True)
+        ]
+        read = [
+            [f.next_sequence for worker in plane._workers.values() for f in worker.followers.values()]
+            for _, plane in self.replicas
+        ]
+        return {"said, mirrored": said, "read": read, "published": self.publisher.published}
+
+    async def close(self) -> None:
+        for _, plane in self.replicas:
+            await plane.close()
+        await self.publisher.close()
+        for engine in self.engines:
+            await engine.zmq.close()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = HEAL_S) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def rig_on(server: PrivateServer) -> AsyncIterator[Rig]:
+    made = Rig(server)
+    try:
+        made.start()
+        yield made
+    finally:
+        await made.close()
+
+
+@pytest.fixture
+async def rig(server: PrivateServer) -> AsyncIterator[Rig]:
+    async with rig_on(server) as made:
+        yield made
+
+
+def reading(rig: Rig, name: str) -> float:
+    _, plane = rig.replicas[0]
+    return sum(value for found, _, _, value in plane.readings() if found == name)
+
+
+async def test_replicas_are_exact_from_their_first_seconds_however_late_they_start(rig: Rig) -> None:
+    first, second = rig.engines
+    first.store(0, 300)
+    rig.replica()
+    second.store(300, 600)
+    await rig.exact()
+    first.say(BlockRemoved(list(range(0, 300, 2))))
+    second.say(AllBlocksCleared(), BlockStored([1], None, [1] * SIZE, SIZE))
+    rig.replica()
+    await rig.exact(2.0)
+    await until(lambda: rig.replicas[0][0].loads == {first.holder: RankLoad(0, 1, 2, 3, 4)})
+    assert reading(rig, "dynamo_ray_nats_connected") == 1
+    await until(lambda: reading(rig, "dynamo_ray_nats_published_total") > 0)
+    assert rig.replicas[1][1].num_gaps == 0
+
+
+async def test_a_killed_server_that_comes_back_with_its_data_costs_nothing(rig: Rig, server: PrivateServer) -> None:
+    rig.replica()
+    rig.engines[0].store(0, 100)
+    await rig.exact()
+    _kill(server)
+    rig.engines[0].store(100, 200)
+    await until(lambda: not reading(rig, "dynamo_ray_nats_connected"))
+    rig.engines[1].say(BlockStored([1], None, [1] * SIZE, SIZE))
+    server.start()
+    rig.replica()
+    await rig.exact()
+    rig.engines[1].store(200, 210)
+    await rig.exact()
+
+
+async def test_a_server_that_comes_back_empty_is_told_everything_again(rig: Rig, server: PrivateServer) -> None:
+    rig.replica()
+    rig.engines[0].store(0, 100)
+    await rig.exact()
+    _kill(server)
+    shutil.rmtree(server.log.parent / "jetstream")
+    server.start()
+    rig.engines[1].store(100, 110)
+    rig.replica()  # knows only what is said from now on
+    await rig.exact()
+
+
+async def test_a_hanging_server_keeps_nobody_waiting(
+    rig: Rig, server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in rig.publisher._ranks.values():
+        monkeypatch.setattr(rank, "_max_queued_bytes", 20_000)
+    monkeypatch.setattr(publisher, "MAX_UNCONFIRMED", 8)
+    index = rig.replica()
+    rig.engines[0].store(0, 50)
+    await rig.exact()
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        worst_s = 0.0
+        for block in range(50, 1050):
+            began_s = time.perf_counter()
+            rig.engines[0].say(BlockStored([block], None, [block] * SIZE, SIZE))
+            await asyncio.sleep(0)
+            worst_s = max(worst_s, time.perf_counter() - began_s)
+        await until(lambda: not reading(rig, "dynamo_ray_nats_connected"))
+        await until(lambda: rig.publisher._ranks[0].next_sequence == 1050)
+        assert worst_s < 0.25
+        assert rig.publisher.dropped > 0  # bounded
+        assert len(index.blocks(rig.engines[0].holder)) == 50  # what was known still is
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    await rig.exact()
+
+
+async def test_a_purged_stream_is_noticed_by_who_starts_after_it(rig: Rig) -> None:
+    rig.replica()
+    rig.engines[0].store(0, 100)
+    await rig.exact()
+    async with _client(rig) as client:
+        await client.jetstream().purge_stream(rig.subjects.stream)
+    rig.engines[0].say(BlockRemoved([5]))
+    rig.replica()
+    await rig.exact(2.0)
+    assert rig.replicas[0][1].asks == 0
+
+
+async def test_a_message_lost_on_its_way_is_a_gap_and_is_asked_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.replica()
+    rig.engines[0].store(0, 10)
+    await rig.exact()
+    taken = rig.publisher._ranks[0].take
+    lost: list[int] = []
+
+    def lose_one() -> wire.Events:
+        message = taken()
+        if lost:
+            return message
+        lost.append(message.sequence)
+        return msgspec.structs.replace(message, sequence=0, events=[])  # old: nobody takes it
+
+    monkeypatch.setattr(rig.publisher._ranks[0], "take", lose_one)
+    rig.engines[0].say(BlockRemoved([3]))
+    await until(lambda: bool(lost))
+    rig.engines[0].say(BlockRemoved([4]))
+    await until(lambda: rig.replicas[0][1].num_gaps > 0)
+    await rig.exact()
+    assert reading(rig, "dynamo_ray_nats_resyncs_total") >= 1
+
+
+async def test_a_reader_too_slow_for_its_messages_reads_them_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscriber, "MAX_PENDING_BYTES", 3_000)
+    monkeypatch.setattr(publisher, "COALESCED_BYTES", 500)
+    monkeypatch.setattr(publisher, "PART_BLOCKS", 50)
+    rig.replica()
+    rig.engines[0].store(0, 1000)
+    await rig.exact()
+    assert reading(rig, "dynamo_ray_nats_consumers_total") > 1
+
+
+async def test_the_last_message_lost_is_noticed_though_nothing_follows(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.replica()
+    rig.engines[0].store(0, 10)
+    await rig.exact()
+    taken = rig.publisher._ranks[0].take
+    monkeypatch.setattr(rig.publisher._ranks[0], "take", lambda: msgspec.structs.replace(taken(), sequence=0))
+    rig.engines[0].say(BlockRemoved([3]))
+    await rig.exact()
+
+
+async def test_what_others_publish_there_is_counted_and_changes_nothing(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = rig.replica()
+    rig.engines[0].store(0, 20)
+    await rig.exact()
+    before = index.blocks(rig.engines[0].holder)
+    async with _client(rig) as client:
+        for payload in (b"", b"\xc1", b"\x80", b"x" * 100_000):
+            await client.jetstream().publish(rig.subjects.kv("prefill-0.1", 7, 0), payload)
+        await client.publish(rig.subjects.load("prefill-0.1"), b"\x93")
+        await client.publish(rig.subjects.ask("prefill-0.1", 7), b"\x93")
+    await until(lambda: reading(rig, "dynamo_ray_nats_unreadable_total") == 5)
+    assert index.blocks(rig.engines[0].holder) == before
+    assert caplog.text.count("cannot read, ignored") == 1
+
+
+async def test_who_is_refused_says_so_once_and_tries_again(
+    server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NATS_TOKEN", "wrong")
+    config = NatsConfig(urls=(server.url,), token="${NATS_TOKEN}")
+    plane = NatsSubscriber(config, "refused", Index([]))
+    plane.subscribe("w", 1, [])
+    try:
+        await asyncio.sleep(1.0)
+        assert not plane.link.connected
+        assert caplog.text.count("trying again") == 1
+        assert "uthorization" in caplog.text
+        assert "wrong" not in caplog.text
+    finally:
+        await plane.close()
+    monkeypatch.delenv("NATS_TOKEN")
+    with pytest.raises(ConfigError, match=r"nats.token: the environment variable NATS_TOKEN is not set"):
+        NatsSubscriber(config, "refused", Index([]))
+
+
+def _kill(server: PrivateServer) -> None:
+    assert server.process is not None
+    server.process.kill()
+    server.process.wait(5)
+
+
+@asynccontextmanager
+async def _client(rig: Rig) -> AsyncIterator[nats.aio.client.Client]:
+    client = await nats.connect(rig.server.url, token=TOKEN)
+    try:
+        yield client
+    finally:
+        await client.close()

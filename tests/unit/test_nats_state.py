@@ -1,0 +1,204 @@
+"""What a rank holds, said again and followed on NATS: exact whatever is lost, without a server."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends.engine import RankLoad
+from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, KVEventBatch
+from dynamo_ray.events.nats import wire
+from dynamo_ray.events.nats.follower import Follower, Verdict
+from dynamo_ray.events.nats.publisher import Rank
+from dynamo_ray.routing.block_hash import block_hashes, chain_seed
+from dynamo_ray.routing.kv_index import KVIndex
+from dynamo_ray.routing.ranks import Holder, Ranks
+
+HOLDER = Holder("w.1", 3, 0)
+SIZE = 2
+CHAINS = [[(chain, depth) for depth in range(5)] for chain in range(4)]
+"""Blocks by name: chains 1 and 3 continue 0 and 2 after two blocks of theirs."""
+
+
+def tokens(chain: int, depth: int) -> list[int]:
+    return [100 * (chain - 1 if chain % 2 and depth < 2 else chain) + depth, depth]
+
+
+def name(chain: int, depth: int) -> int:
+    return 10 * (chain - 1 if chain % 2 and depth < 2 else chain) + depth
+
+
+def stored(chain: int, first: int, last: int, lora: str | None = None) -> BlockStored:
+    depths = range(first, last + 1)
+    return BlockStored(
+        [name(chain, depth) for depth in depths],
+        name(chain, first - 1) if first else None,
+        [token for depth in depths for token in tokens(chain, depth)],
+        SIZE,
+        lora_name=lora,
+    )
+
+
+one_event = st.one_of(
+    st.builds(
+        lambda chain, ends: stored(chain, *sorted(ends)),
+        st.integers(0, 3),
+        st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    ),
+    st.builds(lambda chain, depth: BlockRemoved([name(chain, depth)]), st.integers(0, 3), st.integers(0, 4)),
+    st.just(AllBlocksCleared()),
+)
+histories = st.lists(one_event, max_size=40)
+
+
+class Known:
+    """An index of one rank, and what it knows of every chain."""
+
+    def __init__(self) -> None:
+        self.index = KVIndex("m", Ranks())
+        self.index.add_holder(HOLDER)
+
+    def apply(self, events: list[KVEvent]) -> None:
+        self.index.apply(HOLDER, KVEventBatch(0, 0, events))
+
+    def forget(self) -> None:
+        self.index.clear_holder(HOLDER)
+
+    @property
+    def depths(self) -> list[int]:
+        seed = chain_seed("m", None, None)
+        chains = ([token for depth in range(5) for token in tokens(chain, depth)] for chain in range(4))
+        return [self.index.overlap(block_hashes(chain, SIZE, seed)).get(HOLDER, 0) for chain in chains]
+
+
+@given(histories, histories, st.integers(1, 3))
+def test_the_parts_of_a_state_make_what_all_events_left(
+    before: list[KVEvent], after: list[KVEvent], part_blocks: int
+) -> None:
+    saw_each, was_told = Known(), Known()
+    saw_each.apply(before)
+    snapshot = saw_each.index.snapshot(HOLDER, 9)
+    assert snapshot is not None
+    pieces = wire.parts(snapshot, part_blocks)
+    states = [wire.State(*HOLDER, 9, part, len(pieces), piece, 0.0) for part, piece in enumerate(pieces)]
+    again = [wire.decode(wire.encode(state)) for state in states]
+    was_told.index.restore(HOLDER, wire.whole([state for state in again if isinstance(state, wire.State)]))
+    assert was_told.depths == saw_each.depths
+    for event in after:  # also what later events need: names, copies, parents
+        saw_each.apply([event])
+        was_told.apply([event])
+        assert was_told.depths == saw_each.depths
+
+
+class Sender:
+    """A publisher's rank without its connection: what it sends is a list of messages."""
+
+    def __init__(self) -> None:
+        index = KVIndex("m", Ranks())
+        index.add_holder(HOLDER)
+        self.rank = Rank(HOLDER, index, max_queued_bytes=1500)
+        self.sequence = 0
+
+    def engine_says(self, events: list[KVEvent]) -> None:
+        self.rank.apply(KVEventBatch(self.sequence, 0, events))
+        self.sequence += 1
+
+    def engine_begins_anew(self) -> None:
+        """As events/zmq.py tells of it."""
+        self.rank.apply(KVEventBatch(0, None, [AllBlocksCleared()]))
+        self.sequence = 0
+
+    def send(self) -> list[wire.Events | wire.State]:
+        sent: list[wire.Events | wire.State] = []
+        if self.rank.due:
+            sent += self.rank.state()
+        while self.rank.waiting:
+            sent.append(self.rank.take())
+        return sent
+
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("events"), st.lists(one_event, max_size=6)),
+        st.tuples(st.sampled_from(["send", "send and lose", "anew", "ask", "lose", "twice"]), st.just([])),
+    ),
+    max_size=30,
+)
+
+
+@given(actions)
+def test_a_follower_that_says_exact_holds_what_the_rank_holds_whatever_was_lost(
+    steps: list[tuple[str, list[KVEvent]]],
+) -> None:
+    sender, truth, follower, known = Sender(), Known(), Follower(), Known()
+
+    def deliver(messages: list[wire.Events | wire.State]) -> None:
+        for message in messages:
+            verdict, snapshot = follower.judge(message)
+            if verdict is Verdict.GAP:
+                known.index.doubt(HOLDER)
+            elif snapshot is not None:
+                known.index.restore(HOLDER, snapshot)
+            elif verdict is Verdict.APPLY and isinstance(message, wire.Events):
+                known.index.apply(HOLDER, message.batch())
+
+    for action, events in [*steps, ("ask", []), ("send", [])]:
+        if action == "events":
+            sender.engine_says(events)
+            truth.apply(events)
+        elif action in ("anew", "lose"):
+            sender.engine_begins_anew() if action == "anew" else sender.rank.lose()
+            truth.forget()
+        elif action == "ask":
+            sender.rank.restate()
+        else:
+            messages = sender.send()
+            if action != "send and lose":
+                deliver(messages * 2 if action == "twice" else messages)
+                if follower.exact and follower.next_sequence == sender.rank.next_sequence:
+                    assert known.depths == truth.depths
+    assert follower.exact
+    assert known.depths == truth.depths
+
+
+def test_what_is_queued_is_bounded_and_the_state_comes_in_its_place() -> None:
+    rank = Sender().rank
+    rank.due = False
+    for sequence in range(1000):
+        rank.apply(KVEventBatch(sequence, 0, [stored(0, 0, 4)]))
+        assert rank._queued_bytes <= 1500
+    assert rank.due
+    assert rank.dropped > 0
+    assert not rank.waiting
+
+
+def test_a_token_that_is_no_int32_is_left_out_as_an_index_does() -> None:
+    rank = Sender().rank
+    rank.due = False
+    rank.apply(KVEventBatch(0, 0, [BlockStored([9], None, [2**40, 1], SIZE), stored(0, 0, 1)]))
+    message = rank.take()
+    assert message.num_batches == 1
+    assert len(message.events) == 1
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_anybody_are_unreadable_or_a_message(data: bytes) -> None:
+    try:
+        wire.decode(data)
+    except wire.UnreadableMessage:
+        return
+
+
+def test_another_version_is_unreadable_and_says_so() -> None:
+    load = wire.Load("w", 1, (RankLoad(0, 1, 2, 3, 4),), {0: 9}, 5, 6, 7, 8.0)
+    assert wire.decode(wire.encode(load)) == load
+    newer = wire.Load("w", 1, (), {}, 0, 0, 0, 0.0, version=2)
+    with pytest.raises(wire.UnreadableMessage, match="version 2"):
+        wire.decode(wire.encode(newer))
+
+
+def test_names_with_dots_and_wildcards_are_one_part_of_a_subject() -> None:
+    subjects = wire.Subjects("dynamo_ray", "my app.>")
+    assert subjects.kv("prefill-0.1", 7, 3) == "dynamo_ray.my%20app%2E%3E.kv.prefill-0%2E1.7.3"
+    assert subjects.stream == "dynamo_ray-my%20app%2E%3E"
