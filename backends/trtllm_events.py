@@ -13,7 +13,8 @@ Told = Mapping[str, Any]
 
 
 class EventReader:
-    """Of one engine, all its ranks. Remembers what it left out, so that its removal is left out too.
+    """Of one engine, all its ranks. Remembers what it left out, so that its removal is left out too, and what was
+    moved to the host, so that it is removed there.
 
     1.2 does not tell whose salt or adapter a block is of: it is then taken for one of neither, and a router that goes
     by it finds less cached than it was told.
@@ -26,6 +27,7 @@ class EventReader:
         self._block_size = block_size
         self._longest_window = 0
         self._left_out: set[tuple[int, int]] = set()
+        self._on_host: set[tuple[int, int]] = set()
 
     def read(self, told: Iterable[Told]) -> dict[int, list[KVEvent]]:
         """Every rank's events, in their order."""
@@ -42,6 +44,8 @@ class EventReader:
                 found[rank].extend(self._stored(rank, data))
             elif data["type"] == "removed":
                 found[rank].extend(self._removed(rank, data["block_hashes"]))
+            elif data["type"] == "updated":
+                found[rank].extend(self._moved(rank, data))
         return dict(found)
 
     def _stored(self, rank: int, data: Told) -> list[KVEvent]:
@@ -69,6 +73,22 @@ class EventReader:
         ]
 
     def _removed(self, rank: int, hashes: list[int]) -> list[KVEvent]:
-        known: list[int | bytes] = [each for each in hashes if (rank, each) not in self._left_out]
-        self._left_out.difference_update((rank, each) for each in hashes)
-        return [BlockRemoved(known, "GPU")] if known else []
+        keys = [(rank, each) for each in hashes]
+        on_host: list[int | bytes] = [each for _, each in filter(self._on_host.__contains__, keys)]
+        known: list[int | bytes] = [key[1] for key in keys if key not in self._left_out and key not in self._on_host]
+        self._left_out.difference_update(keys)
+        self._on_host.difference_update(keys)
+        told = ((known, "GPU"), (on_host, "CPU"))
+        return [BlockRemoved(blocks, medium) for blocks, medium in told if blocks]
+
+    def _moved(self, rank: int, data: Told) -> list[KVEvent]:
+        """A block is on one level at a time: 0 the device, 1 the host; a move is told by its name alone."""
+        key, level = (rank, data["block_hash"]), data.get("cache_level")
+        if key in self._left_out or not level or level["new_value"] not in (0, 1):
+            return []
+        to_host = level["new_value"] == 1
+        if to_host == (key in self._on_host):
+            return []
+        (self._on_host.add if to_host else self._on_host.remove)(key)
+        to, source = ("CPU", "GPU") if to_host else ("GPU", "CPU")
+        return [BlockStored([key[1]], None, [], 0, to), BlockRemoved([key[1]], source)]

@@ -187,11 +187,10 @@ class KVIndex:
         if len(holding) + len(names) > MAX_RANK_BLOCKS:
             self.anomalies.saw(Anomaly.TOO_MANY_BLOCKS, holder, f"more than {MAX_RANK_BLOCKS} on one tier")
             return
-        if tier != DEVICE:
-            self._named = max(self._named, tier + 1)
-            if not event.token_ids:
-                self._move(holder, held, tier, names)
-                return
+        self._named = max(self._named, tier + 1)
+        if not event.token_ids:
+            self._move(holder, held, tier, names)
+            return
         ours = self._hashes(holder, held, event)
         if ours is not None:
             contradictions = holding.store(names, ours)
@@ -225,12 +224,14 @@ class KVIndex:
             return None
 
     def _move(self, holder: Holder, held: tuple[Holding, ...], tier: int, names: Sequence[EngineHash]) -> None:
-        """Blocks told of before are now on a slower tier too: vLLM's offloading names them without their tokens."""
+        """Blocks told of before are now on this tier too: named without their tokens, as vLLM's offloading does."""
         known = [(name, block) for name in names if (block := _block(held, name)) is not None]
         held[tier].store([name for name, _ in known], [block for _, block in known])
         if len(known) < len(names):
             unknown = len(names) - len(known)
-            self.anomalies.saw(Anomaly.UNKNOWN_BLOCK, holder, f"{unknown} blocks never told of are offloaded", unknown)
+            self.anomalies.saw(
+                Anomaly.UNKNOWN_BLOCK, holder, f"{unknown} blocks without tokens, never told of", unknown
+            )
 
 
 def _block(held: tuple[Holding, ...], name: EngineHash) -> int | None:

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch, decoder
+from dynamo_ray.routing.block_hash import block_hashes, chain_seed
+from dynamo_ray.routing.kv_index import Holder, KVIndex
+from dynamo_ray.routing.ranks import Ranks
 
+ENCODINGS: dict[str, list[list[str]]] = json.loads(
+    (Path(__file__).parent / "recorded/kv_event_encodings.json").read_text()
+)
+"""By wire format the frames of three batches, encoded by the event classes in that version's own wheel: tokens 1 to 128
+in two blocks on the device; the first on the host too, and both off the device; all cleared."""
 RECORDING: dict[str, Any] = json.loads((Path(__file__).parent / "recorded/vllm_0_32_kv_events.json").read_text())
 
 
@@ -59,3 +67,22 @@ def test_what_is_removed_was_stored_before(batches: list[KVEventBatch]) -> None:
             held.clear()
             num_cleared += 1
     assert (num_removed, num_cleared, len(held)) == (11, 1, 1)
+
+
+@pytest.mark.parametrize("wire_format", ENCODINGS)
+def test_each_engine_s_bytes_put_a_block_on_the_device_then_on_the_host_then_nowhere(wire_format: str) -> None:
+    decode, holder = decoder(wire_format), Holder("w", 1, 3)
+    index = KVIndex("m", Ranks())
+    index.add_holder(holder)
+    prompt = block_hashes(range(1, 129), 64, chain_seed("m"))
+    seen = []
+    for number, frames in enumerate(ENCODINGS[wire_format]):
+        batch = decode([bytes.fromhex(frame) for frame in frames])
+        assert (batch.sequence, batch.dp_rank) == (number, 3)
+        index.apply(holder, batch)
+        seen.append(index.lookup(prompt))
+    on_device, on_host, nowhere = seen
+    assert (on_device.device, on_device.host) == ([(1, 2)], [])
+    assert (on_host.device, on_host.host) == ([], [(1, 1)])
+    assert (nowhere.device, nowhere.host) == ([], [])
+    assert not index.anomalies.counts

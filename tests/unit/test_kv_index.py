@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, KVEventBatch
 from backends.simulated_cache import BlockPool
-from dynamo_ray.routing.approximate import RoutedPrefixes
+from dynamo_ray.routing.anomalies import Anomaly
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
-from dynamo_ray.routing.kv_index import Holder, KVIndex
+from dynamo_ray.routing.kv_index import Holder, KVIndex, Snapshot, TierSnapshot
 from dynamo_ray.routing.ranks import Ranks
 
 A, B = Holder("a", 1, 0), Holder("b", 1, 0)
@@ -70,9 +72,78 @@ def test_a_block_stored_twice_is_held_until_both_copies_are_removed() -> None:
     )
 
 
-def test_what_happens_on_slower_media_says_nothing_of_the_device() -> None:
+def test_a_block_is_counted_on_the_fastest_tier_that_holds_it_and_on_every_slower() -> None:
+    tokens = list(range(16))
+    on_host = stored(tokens, 100)
+    index = index_with(
+        (A, stored(tokens[:8], 100)),
+        (A, BlockStored([102], 101, tokens[8:12], SIZE, "CPU_PINNED")),
+        (A, BlockStored([103], 102, tokens[12:], SIZE, "STORAGE")),
+        (B, BlockStored(on_host.block_hashes, None, tokens, SIZE, "CPU")),
+    )
+    assert index.lookup(hashes(tokens)) == ([(1, 2)], [(1, 3), (2, 4)], [(3, 4)])
+    assert index.lookup(hashes(tokens), mask=0b10) == ([], [(2, 4)], [(2, 4)])
+    index.apply(A, KVEventBatch(9, 0, [BlockRemoved([100, 101], "GPU")]))
+    assert index.lookup(hashes(tokens)).device == []
+    assert index.lookup(hashes(tokens)).host == [(2, 4)], "what left the device is not on the host"
+    index.remove_holder(B)
+    assert index.lookup(hashes(tokens)) == ([], [], [])
+
+
+def test_a_block_moves_to_the_host_by_its_name_alone_if_it_was_told_of() -> None:
+    """vLLM's offloading and TensorRT-LLM say no tokens again."""
     tokens = list(range(8))
-    assert index_with((A, stored(tokens, 1)), (A, BlockRemoved([1, 2], "CPU"))).overlap(hashes(tokens)) == {A: 2}
+    index = index_with(
+        (A, stored(tokens, 1)), (A, BlockStored([1, 2, 77], None, [], 0, "CPU")), (A, BlockRemoved([1, 2], "GPU"))
+    )
+    assert index.lookup(hashes(tokens)) == ([], [(1, 2)], [])
+    assert index.anomalies.total(Anomaly.UNKNOWN_BLOCK) == 1
+
+
+def test_two_names_of_one_block_are_two_copies() -> None:
+    tokens = list(range(8))
+    index = index_with((A, stored(tokens, 1)), (A, stored(tokens, 11)), (A, BlockRemoved([1, 2])))
+    assert index.overlap(hashes(tokens)) == {A: 2}
+    index.apply(A, KVEventBatch(9, 0, [BlockRemoved([11])]))
+    assert index.overlap(hashes(tokens)) == {}
+
+
+def test_a_rank_in_doubt_answers_what_it_told_since_until_its_cache_is_known_again() -> None:
+    tokens = list(range(16))
+    index = index_with((A, stored(tokens, 1)), (B, stored(tokens, 1)))
+    index.doubt(A)
+    assert index.overlap(hashes(tokens)) == {B: 4}
+    index.apply(A, KVEventBatch(9, 0, [stored(tokens[:4], 1), BlockStored([4], 3, tokens[12:], SIZE)]))
+    assert index.overlap(hashes(tokens)) == {A: 1, B: 4}
+    assert (index.doubtful, index.snapshot(A, 9)) == ({A}, None)
+    index.apply(A, KVEventBatch(10, 0, [AllBlocksCleared()]))
+    assert (index.doubtful, index.overlap(hashes(tokens))) == (set(), {B: 4})
+
+
+def test_a_snapshot_carries_a_rank_to_another_process() -> None:
+    tokens = list(range(16))
+    one = index_with(
+        (B, stored(tokens[:4], 50)),
+        (A, stored(tokens, 1)),
+        (A, stored(tokens[:4], 1)),
+        (A, stored(tokens, 31)),
+        (A, BlockStored([1, 2], None, [], 0, "CPU")),
+    )
+    packed = msgspec.msgpack.encode(one.snapshot(A, 7))
+    other = KVIndex("m", Ranks())
+    other.add_holder(A)
+    other.doubt(A)
+    snapshot = msgspec.msgpack.decode(packed, type=Snapshot)
+    other.restore(A, snapshot)
+    assert (snapshot.sequence, other.doubtful) == (7, set())
+    for removed in ([1, 2, 3, 4], [31], [1]):
+        assert other.overlap(hashes(tokens)).get(A) == one.overlap(hashes(tokens)).get(A) is not None
+        for index in (one, other):
+            index.apply(A, KVEventBatch(8, 0, [BlockRemoved(list(removed))]))
+    assert A not in one.overlap(hashes(tokens)) | other.overlap(hashes(tokens))
+    assert other.lookup(hashes(tokens)).host == [(1, 4)], "its first block is on the host, the others by another name"
+    other.restore(A, Snapshot(9, [TierSnapshot([1], [], [])]))
+    assert other.doubtful == {A}
 
 
 def test_removal_cuts_the_run_there() -> None:
@@ -159,12 +230,49 @@ def test_the_index_equals_the_caches_it_hears_of(steps: list[tuple[str, int, int
     assert index.orphan_blocks == 0
 
 
-def test_what_was_routed_counts_until_it_expires() -> None:
-    ranks = Ranks()
-    ranks.add(A)
-    routed = RoutedPrefixes(ranks, ttl_s=10.0)
-    routed.routed(A, [1, 2, 3], now_s=0.0)
-    assert routed.overlap([1, 2, 9], now_s=5.0) == {A: 2}
-    assert routed.overlap([1, 2, 3], now_s=11.0) == {}
-    routed.remove_holder(A)
-    assert routed.overlap([1], now_s=5.0) == {}
+TOKENS = list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("event", "anomaly"),
+    [
+        (BlockStored([1], None, [], SIZE, "GPU"), Anomaly.UNKNOWN_BLOCK),
+        (BlockStored([1, 2], None, TOKENS, 0, "GPU"), Anomaly.BLOCK_SIZE),
+        (BlockStored([1, 2], None, TOKENS, -4, "GPU"), Anomaly.BLOCK_SIZE),
+        (BlockStored([1], None, TOKENS, 1 << 40, "GPU"), Anomaly.BLOCK_SIZE),
+        (BlockStored([1], None, TOKENS, SIZE, "GPU"), Anomaly.LENGTH),
+        (BlockStored([1, 2, 3], None, TOKENS, SIZE, "GPU"), Anomaly.LENGTH),
+        (BlockStored([1, 2], None, [-1, *TOKENS[1:]], SIZE, "GPU"), Anomaly.TOKENS),
+        (BlockStored([1, 2], None, [1 << 32, *TOKENS[1:]], SIZE, "GPU"), Anomaly.TOKENS),
+        (BlockStored([1, 2], 99, TOKENS, SIZE, "GPU"), Anomaly.UNKNOWN_PARENT),
+        (BlockStored([1, 2], None, TOKENS, SIZE, "TAPE"), Anomaly.MEDIUM),
+        (BlockStored([50, 2], None, TOKENS, SIZE, "GPU"), Anomaly.CONTRADICTION),
+    ],
+)
+def test_what_makes_no_sense_is_counted_logged_once_and_changes_nothing(
+    event: BlockStored, anomaly: Anomaly, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = [7] * 8
+    index = index_with((A, stored(held, 50)), (A, event), (A, event))
+    assert index.anomalies.total(anomaly) >= 2
+    assert len(caplog.records) == 1
+    assert index.overlap(hashes(held)) == {A: 2}
+    assert index.overlap(hashes(TOKENS)) == {}
+
+
+def test_a_batch_beyond_any_step_s_leaves_the_rank_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo_ray.routing.kv_index.MAX_BATCH_BLOCKS", 3)
+    index = index_with((A, stored(TOKENS, 1)))
+    index.apply(A, KVEventBatch(1, 0, [BlockRemoved([1, 2, 3, 4])]))
+    assert (index.doubtful, index.num_held(A)) == ({A}, 0)
+    monkeypatch.setattr("dynamo_ray.routing.kv_index.MAX_RANK_BLOCKS", 1)
+    index.apply(A, KVEventBatch(2, 0, [stored(TOKENS, 1)]))
+    assert (index.anomalies.total(Anomaly.TOO_MANY_BLOCKS), index.num_held(A)) == (2, 0)
+
+
+def test_of_a_rank_that_is_gone_nothing_stays_but_the_number_of_its_mistakes() -> None:
+    index = index_with((A, BlockStored([1], None, TOKENS, 0, "GPU")))
+    index.remove_holder(A)
+    index.apply(A, KVEventBatch(1, 0, [stored(TOKENS, 1)]))
+    assert index.anomalies.counts == {(Anomaly.BLOCK_SIZE, "gone"): 1, (Anomaly.UNKNOWN_RANK, str(A)): 1}
+    assert index.num_blocks == 0

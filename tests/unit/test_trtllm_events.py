@@ -60,5 +60,27 @@ def test_short_attention_windows_are_left_out() -> None:
     assert EventReader(2).read(told) == {0: [BlockStored([8], None, [1, 2], 2, "GPU")]}
 
 
+def moved(block_hash: int, old: int, new: int) -> dict[str, Any]:
+    diff = {"type": "event_diff", "old_value": old, "new_value": new}
+    return event("updated", block_hash=block_hash, cache_level=diff, priority=None)
+
+
+def test_a_block_is_where_it_was_moved_to_and_is_removed_there() -> None:
+    reader = EventReader(2)
+    reader.read([stored(block(7, 1, 2), block(8, 3, 4))])
+    to_host = [BlockStored([7], None, [], 0, "CPU"), BlockRemoved([7], "GPU")]
+    assert reader.read([moved(7, 0, 1), moved(7, 0, 1)]) == {0: to_host}
+    assert reader.read([event("removed", block_hashes=[7, 8])]) == {
+        0: [BlockRemoved([8], "GPU"), BlockRemoved([7], "CPU")]
+    }
+    assert reader.read([stored(block(7, 1, 2)), moved(7, 0, 1), moved(7, 1, 0)])[0][-2:] == [
+        BlockStored([7], None, [], 0, "GPU"),
+        BlockRemoved([7], "CPU"),
+    ]
+
+
 def test_what_changes_nothing_that_can_be_found_is_left_out() -> None:
-    assert EventReader(2).read([{}, event("updated", block_hash=7, cache_level={"old_value": 0, "new_value": 1})]) == {}
+    reader = EventReader(2)
+    reader.read([stored(block(9, 3))])
+    priority = event("updated", block_hash=7, cache_level=None, priority={"old_value": 1, "new_value": 2})
+    assert not any(reader.read([{}, priority, moved(9, 0, 1)]).values())

@@ -64,3 +64,15 @@ def test_every_supported_version_has_a_format_that_is_read() -> None:
     assert WIRE_FORMATS.keys() == set(SUPPORTED["vllm"])
     for wire_format in WIRE_FORMATS.values():
         decoder(wire_format)
+
+
+def test_of_a_hybrid_model_only_the_group_that_keeps_whole_prefixes_is_told_of() -> None:
+    """Every group tells of the same blocks by the same hashes."""
+    decode = decoder("vllm-0.33")
+    window = {**STORED, "group_idx": 0, "kv_cache_spec_kind": "sliding_window"}
+    whole = {**STORED, "group_idx": 1}
+    gone = [{"type": "BlockRemoved", "block_hashes": [11], "group_idx": group} for group in (0, 1)]
+    (stored,) = decode(frames(window, whole)).events
+    assert isinstance(stored, BlockStored)
+    assert decode(frames(gone[0])).events == []
+    assert decode(frames(gone[1])).events == [BlockRemoved([11])]
