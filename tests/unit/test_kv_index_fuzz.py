@@ -129,7 +129,7 @@ events = st.builds(
 )
 
 
-@settings(max_examples=150, phases=(Phase.generate,))
+@settings(max_examples=100, phases=(Phase.generate,))
 @given(st.lists(st.tuples(st.sampled_from(HOLDERS[:2]), events), min_size=8, max_size=24))
 def test_after_any_events_every_rank_s_leading_blocks_are_the_model_s(told: list[tuple[Holder, KVEvent]]) -> None:
     ranks = Ranks()
@@ -195,7 +195,7 @@ def honest_frames(wire_format: str) -> bytes:
 
 
 @pytest.mark.parametrize("wire_format", FORMATS)
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(payload=st.binary(max_size=40), at=st.integers(0, 200), cut=st.integers(0, 4))
 def test_any_bytes_are_a_batch_or_are_refused_and_what_is_read_can_be_applied(
     wire_format: str, payload: bytes, at: int, cut: int
