@@ -7,7 +7,7 @@ import itertools
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -19,13 +19,17 @@ from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEv
 from backends.kv_publisher import KVEventPublisher
 from dynamo_ray.config import NatsConfig
 from dynamo_ray.errors import ConfigError
-from dynamo_ray.events.nats import link, publisher, subscriber, wire
+from dynamo_ray.events import bookings
+from dynamo_ray.events.nats import lifecycle, link, peers, publisher, subscriber, wire
+from dynamo_ray.events.nats.lifecycle import LifecyclePublisher
+from dynamo_ray.events.nats.peers import NatsPeers
 from dynamo_ray.events.nats.publisher import Publisher
 from dynamo_ray.events.nats.server import PrivateServer
 from dynamo_ray.events.nats.subscriber import NatsSubscriber
 from dynamo_ray.events.nats.wire import Subjects
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.kv_index import KVIndex, Snapshot
+from dynamo_ray.routing.load import LoadTable
 from dynamo_ray.routing.ranks import Holder, Ranks
 
 TOKEN = "for tests"
@@ -33,14 +37,6 @@ SIZE = 4
 HEAL_S = 8.0
 HASHES = {block: block_hashes([block] * SIZE, SIZE, chain_seed("m", None, None)) for block in range(1100)}
 names = itertools.count()
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateServer]:
-    made = PrivateServer(tmp_path_factory.mktemp("nats") / "server", TOKEN)
-    made.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -105,10 +101,10 @@ class Index:
 class Rig:
     """Two ranks of one worker, its publisher, and as many ingresses as a test asks for."""
 
-    def __init__(self, server: PrivateServer) -> None:
-        self.server = server
+    def __init__(self, nats_server: PrivateServer) -> None:
+        self.server = nats_server
         self.app = f"app {next(names)}"
-        self.config = NatsConfig(urls=(server.url,), token=TOKEN)
+        self.config = NatsConfig(urls=(nats_server.url,), token=TOKEN)
         self.subjects = Subjects(self.config.prefix, self.app)
         self.engines = [Engine(Holder("prefill-0.1", 7, rank)) for rank in range(2)]
         self.publisher = Publisher(self.config, self.app, "m", "prefill-0.1", 7, lambda: (RankLoad(0, 1, 2, 3, 4),))
@@ -171,8 +167,8 @@ async def until(condition: Callable[[], bool], timeout_s: float = HEAL_S) -> Non
 
 
 @asynccontextmanager
-async def rig_on(server: PrivateServer) -> AsyncIterator[Rig]:
-    made = Rig(server)
+async def rig_on(nats_server: PrivateServer) -> AsyncIterator[Rig]:
+    made = Rig(nats_server)
     try:
         made.start()
         yield made
@@ -181,8 +177,8 @@ async def rig_on(server: PrivateServer) -> AsyncIterator[Rig]:
 
 
 @pytest.fixture
-async def rig(server: PrivateServer) -> AsyncIterator[Rig]:
-    async with rig_on(server) as made:
+async def rig(nats_server: PrivateServer) -> AsyncIterator[Rig]:
+    async with rig_on(nats_server) as made:
         yield made
 
 
@@ -207,35 +203,37 @@ async def test_replicas_are_exact_from_their_first_seconds_however_late_they_sta
     assert rig.replicas[1][1].num_gaps == 0
 
 
-async def test_a_killed_server_that_comes_back_with_its_data_costs_nothing(rig: Rig, server: PrivateServer) -> None:
+async def test_a_killed_server_that_comes_back_with_its_data_costs_nothing(
+    rig: Rig, nats_server: PrivateServer
+) -> None:
     rig.replica()
     rig.engines[0].store(0, 100)
     await rig.exact()
-    _kill(server)
+    _kill(nats_server)
     rig.engines[0].store(100, 200)
     await until(lambda: not reading(rig, "dynamo_ray_nats_connected"))
     rig.engines[1].say(BlockStored([1], None, [1] * SIZE, SIZE))
-    server.start()
+    nats_server.start()
     rig.replica()
     await rig.exact()
     rig.engines[1].store(200, 210)
     await rig.exact()
 
 
-async def test_a_server_that_comes_back_empty_is_told_everything_again(rig: Rig, server: PrivateServer) -> None:
+async def test_a_server_that_comes_back_empty_is_told_everything_again(rig: Rig, nats_server: PrivateServer) -> None:
     rig.replica()
     rig.engines[0].store(0, 100)
     await rig.exact()
-    _kill(server)
-    shutil.rmtree(server.log.parent / "jetstream")
-    server.start()
+    _kill(nats_server)
+    shutil.rmtree(nats_server.log.parent / "jetstream")
+    nats_server.start()
     rig.engines[1].store(100, 110)
     rig.replica()  # knows only what is said from now on
     await rig.exact()
 
 
 async def test_a_hanging_server_keeps_nobody_waiting(
-    rig: Rig, server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, nats_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank in rig.publisher._ranks.values():
         monkeypatch.setattr(rank, "_max_queued_bytes", 20_000)
@@ -243,8 +241,8 @@ async def test_a_hanging_server_keeps_nobody_waiting(
     index = rig.replica()
     rig.engines[0].store(0, 50)
     await rig.exact()
-    assert server.process is not None
-    server.process.send_signal(signal.SIGSTOP)
+    assert nats_server.process is not None
+    nats_server.process.send_signal(signal.SIGSTOP)
     try:
         worst_s = 0.0
         for block in range(50, 1050):
@@ -258,7 +256,7 @@ async def test_a_hanging_server_keeps_nobody_waiting(
         assert rig.publisher.dropped > 0  # bounded
         assert len(index.blocks(rig.engines[0].holder)) == 50  # what was known still is
     finally:
-        server.process.send_signal(signal.SIGCONT)
+        nats_server.process.send_signal(signal.SIGCONT)
     await rig.exact()
 
 
@@ -302,7 +300,7 @@ async def test_a_reader_too_slow_for_its_messages_reads_them_again(rig: Rig, mon
     monkeypatch.setattr(publisher, "COALESCED_BYTES", 500)
     monkeypatch.setattr(publisher, "PART_BLOCKS", 50)
     rig.replica()
-    rig.engines[0].store(0, 1000)
+    rig.engines[0].store(0, 400)
     await rig.exact()
     assert reading(rig, "dynamo_ray_nats_consumers_total") > 1
 
@@ -317,6 +315,70 @@ async def test_the_last_message_lost_is_noticed_though_nothing_follows(
     monkeypatch.setattr(rig.publisher._ranks[0], "take", lambda: msgspec.structs.replace(taken(), sequence=0))
     rig.engines[0].say(BlockRemoved([3]))
     await rig.exact()
+
+
+async def test_bookings_lapse_while_nats_is_away_and_are_whole_afterwards(
+    nats_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bookings, "LEASE_S", 0.5)
+    monkeypatch.setattr(peers, "FULL_EVERY_S", 0.1)
+    holder, config = Holder("w", 1, 0), NatsConfig(urls=(nats_server.url,), token=TOKEN)
+    tables = [LoadTable(Ranks()), LoadTable(Ranks())]
+    replicas = [NatsPeers(config, "lease", table, lambda: None) for table in tables]
+    try:
+        for table, replica in zip(tables, replicas, strict=True):
+            table.add_holder(holder)
+            await replica.reconcile(b"", ())
+        tables[0].book(holder, 100, 200)
+        await until(lambda: tables[1].load(holder).num_requests == 1)
+        _kill(nats_server)
+        await until(lambda: tables[1].load(holder).num_requests == 0)
+        tables[0].book(holder, 100, 200)
+        nats_server.start()
+        await until(lambda: tables[1].load(holder).num_requests == 2)
+    finally:
+        for replica in replicas:
+            await replica.close()
+
+
+async def test_lifecycle_is_kept_and_told_again_to_a_server_that_lost_it(
+    nats_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "AGAIN_EVERY_S", 0.3)
+    config = NatsConfig(urls=(nats_server.url,), token=TOKEN)
+    subjects, told = Subjects(config.prefix, "life"), LifecyclePublisher(config, "life")
+
+    async def kept() -> list[str]:
+        client = await nats.connect(nats_server.url, token=TOKEN)
+        try:
+            stream = client.jetstream()
+            found = [await stream.get_last_msg(subjects.stream, subjects.lifecycle(worker)) for worker in ("a.1", "b")]
+        except nats.js.errors.NotFoundError:
+            return []
+        finally:
+            await client.close()
+        return [wire.decode(each.data or b"").phase for each in found]  # type: ignore[union-attr]
+
+    async def until_kept(phases: list[str]) -> None:
+        async with asyncio.timeout(HEAL_S):
+            while await kept() != phases:
+                await asyncio.sleep(0.05)
+
+    told.start()
+    try:
+        told.tell([state("a.1", "starting"), state("b", "starting")])
+        told.tell([state("a.1", "ready")])
+        await until_kept(["ready", "starting"])
+        client = await nats.connect(nats_server.url, token=TOKEN)
+        await client.jetstream().purge_stream(subjects.stream)
+        await client.close()
+        await until_kept(["ready", "starting"])
+    finally:
+        await told.close()
+
+
+def state(worker: str, phase: str) -> wire.Lifecycle:
+    return wire.Lifecycle(worker, "prefill", 1, phase, "", 0, 0.0, 0.0)
 
 
 async def test_what_others_publish_there_is_counted_and_changes_nothing(
@@ -337,10 +399,10 @@ async def test_what_others_publish_there_is_counted_and_changes_nothing(
 
 
 async def test_who_is_refused_says_so_once_and_tries_again(
-    server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    nats_server: PrivateServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NATS_TOKEN", "wrong")
-    config = NatsConfig(urls=(server.url,), token="${NATS_TOKEN}")
+    config = NatsConfig(urls=(nats_server.url,), token="${NATS_TOKEN}")
     plane = NatsSubscriber(config, "refused", Index([]))
     plane.subscribe("w", 1, [])
     try:
@@ -356,10 +418,10 @@ async def test_who_is_refused_says_so_once_and_tries_again(
         NatsSubscriber(config, "refused", Index([]))
 
 
-def _kill(server: PrivateServer) -> None:
-    assert server.process is not None
-    server.process.kill()
-    server.process.wait(5)
+def _kill(nats_server: PrivateServer) -> None:
+    assert nats_server.process is not None
+    nats_server.process.kill()
+    nats_server.process.wait(5)
 
 
 @asynccontextmanager

@@ -1,0 +1,19 @@
+"""What more than one file of these tests needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from dynamo_ray.events.nats.server import PrivateServer
+
+NATS_TOKEN = "for tests"
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateServer]:
+    made = PrivateServer(tmp_path_factory.mktemp("nats") / "server", NATS_TOKEN)
+    made.start()
+    yield made
+    made.stop()
