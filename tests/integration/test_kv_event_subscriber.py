@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+import zmq
 
 from backends.engine import KVEventSource
-from backends.kv_events import BlockRemoved, KVEventBatch
+from backends.kv_events import AllBlocksCleared, BlockRemoved, KVEventBatch, encode
 from backends.kv_publisher import KVEventPublisher
+from dynamo_ray.events import zmq as events
 from dynamo_ray.events.zmq import KVEventSubscriber
-from dynamo_ray.routing.kv_index import Holder
+from dynamo_ray.routing.anomalies import Anomaly
+from dynamo_ray.routing.kv_index import Holder, Snapshot
 
 HOLDER = Holder("w", 1, 0)
 
@@ -106,8 +109,6 @@ async def test_a_gap_is_fetched_from_the_replay_endpoint(
 
 
 def _frames(sequence: int) -> list[bytes]:
-    from backends.kv_events import encode
-
     return encode(batch(sequence))
 
 
@@ -161,3 +162,140 @@ async def test_unsubscribing_ends_its_task(publisher: KVEventPublisher, subscrib
     subscriber.unsubscribe("w", 1)
     await asyncio.sleep(0.05)
     assert len(asyncio.all_tasks()) == before
+
+
+async def send(publisher: KVEventPublisher, subscriber: KVEventSubscriber, heard: Heard, *frames: list[bytes]) -> None:
+    """Straight to who subscribes, kept for nobody; the subscription is in effect."""
+    subscriber.subscribe("w", 1, [source(publisher)])
+    publisher.publish(batch(0))
+    await heard.until(0)
+    for each in frames:
+        await publisher._pub.send_multipart(each)
+
+
+async def test_a_publisher_that_begins_anew_is_followed_from_its_beginning(
+    publisher: KVEventPublisher, subscriber: KVEventSubscriber, heard: Heard
+) -> None:
+    await send(publisher, subscriber, heard, _frames(1), _frames(2))
+    await heard.until(2)
+    publisher._buffer.clear()
+    other = [encode(KVEventBatch(number, 0, [BlockRemoved([7])])) for number in (0, 1)]
+    publisher._buffer.extend(other)
+    await publisher._pub.send_multipart(other[1])
+    async with asyncio.timeout(10):
+        while heard.sequences[-2:] != [0, 1] or len(heard.batches) < 6:
+            heard.grew.clear()
+            await heard.grew.wait()
+    assert heard.sequences == [0, 1, 2, 0, 0, 1]
+    assert heard.batches[3].events == [AllBlocksCleared()]
+    assert heard.uncertain == []
+
+
+async def test_a_batch_that_comes_twice_is_taken_once(
+    publisher: KVEventPublisher, subscriber: KVEventSubscriber, heard: Heard
+) -> None:
+    await send(publisher, subscriber, heard, _frames(1), _frames(1), _frames(2))
+    await heard.until(2)
+    assert heard.sequences == [0, 1, 2]
+    assert subscriber.anomalies.total(Anomaly.SEQUENCE) == 1
+
+
+async def test_a_replay_endpoint_that_does_not_answer_costs_a_moment_and_the_rank_its_certainty(
+    publisher: KVEventPublisher, subscriber: KVEventSubscriber, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await send(publisher, subscriber, heard)
+    monkeypatch.setattr(events, "REPLAY_TIMEOUT_S", 0.1)
+    publisher._task.cancel()
+    await publisher._pub.send_multipart(_frames(5))
+    await heard.until(5)
+    assert heard.uncertain == [HOLDER]
+    assert subscriber.anomalies.total(Anomaly.NO_REPLAY) >= 1
+
+
+async def test_what_is_lost_is_asked_of_another_follower_which_is_believed_if_it_knows_enough(
+    publisher: KVEventPublisher, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "FIRST_CHECK_S", 0.05)
+    answers = [None, Snapshot(4, []), Snapshot(8, [])]
+    restored: list[Snapshot] = []
+
+    async def resync(holder: Holder) -> Snapshot | None:
+        return answers.pop(0)
+
+    def restore(holder: Holder, snapshot: Snapshot) -> None:
+        restored.append(snapshot)
+        heard.grew.set()
+
+    subscriber = KVEventSubscriber(heard.apply, heard.uncertain.append, restore, resync)
+    try:
+        subscriber.subscribe("w", 1, [source(publisher)])
+        publisher.publish(batch(0))
+        await heard.until(0)
+        publisher._buffer.clear()
+        publisher.publish(batch(6))
+        async with asyncio.timeout(10):
+            while not restored:
+                heard.grew.clear()
+                await heard.grew.wait()
+        assert (restored, subscriber.next_sequence(HOLDER)) == ([Snapshot(8, [])], 8)
+        for number in (7, 8):  # 7 is in the snapshot.
+            publisher.publish(batch(number))
+        await heard.until(8)
+        assert heard.sequences == [0, 6, 8]
+    finally:
+        await subscriber.close()
+
+
+async def test_a_replay_of_which_some_was_dropped_is_asked_again_from_there(
+    publisher: KVEventPublisher, subscriber: KVEventSubscriber, heard: Heard
+) -> None:
+    """A ROUTER drops what a peer does not take at once."""
+    publisher._buffer.extend(_frames(number) for number in (0, 1, 3))
+    subscriber.subscribe("w", 1, [source(publisher)])
+    await heard.until(1)
+    publisher._buffer.insert(2, _frames(2))
+    await heard.until(3)
+    assert heard.sequences == [0, 1, 2, 3]
+
+
+async def test_a_frame_beyond_all_measure_ends_its_connection_and_nothing_else(
+    publisher: KVEventPublisher, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "MAX_PAYLOAD_BYTES", 10_000)
+    monkeypatch.setattr(events, "FIRST_CHECK_S", 0.05)
+    subscriber = KVEventSubscriber(heard.apply, heard.uncertain.append)
+    try:
+        await send(publisher, subscriber, heard, [b"", (1).to_bytes(8, "big"), bytes(20_000)])
+        for number in (1, 2):
+            publisher.publish(batch(number))
+        await heard.until(2)
+        assert heard.sequences == [0, 1, 2]
+    finally:
+        await subscriber.close()
+
+
+async def test_a_reader_that_fell_behind_sees_that_it_did(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MAX_QUEUED", 5)
+    subscriber = KVEventSubscriber(heard.apply, heard.uncertain.append)
+    with zmq.Context() as context, context.socket(zmq.PUB) as pub:
+        pub.setsockopt(zmq.SNDHWM, 5)
+        pub.setsockopt(zmq.LINGER, 0)
+        port = pub.bind_to_random_port("tcp://127.0.0.1")
+        subscriber.subscribe("w", 1, [KVEventSource(0, f"tcp://127.0.0.1:{port}", None, "simulated-1")])
+        number = -1
+        async with asyncio.timeout(10):
+            while not heard.batches:
+                number += 1
+                pub.send_multipart(_frames(number))
+                await asyncio.sleep(0.01)
+            heard.uncertain.clear()
+            payload = encode(KVEventBatch(0, 0, [BlockRemoved([1 << 60] * 20_000)]))[2]
+            for _ in range(200):  # Without a turn of the loop for the reader.
+                number += 1
+                pub.send_multipart([b"", number.to_bytes(8, "big"), payload])
+            while not heard.uncertain:
+                number += 1
+                pub.send_multipart(_frames(number))
+                await asyncio.sleep(0.01)
+        await subscriber.close()
+    assert heard.uncertain[0] == HOLDER
