@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from msgspec.structs import replace
 from opentelemetry.trace import get_current_span
 
 from backends.engine import Feature, RankLoad, Role
@@ -151,7 +152,8 @@ class Router:
             Overloaded: Every worker of a role refused this request for lack of room, or too many wait already.
             DeadlineExceeded: It waited until then.
         """
-        ask, span, told = self._ask(attempt), get_current_span(), attempt.request.told
+        began_s, span, told = _now_s(), get_current_span(), attempt.request.told
+        ask = self._ask(attempt)
         go = partial(self._go, attempt, ask, told is not None or span.is_recording())
         ticket = partial(self._ticket, attempt, ask)
         try:
@@ -161,9 +163,10 @@ class Router:
         generated_tokens = 0
         try:
             if placement.route is not None:
-                span.set_attributes(attributes(placement.route))
+                route = replace(placement.route, waited_s=round(placement.booked_s - began_s, 6))
+                span.set_attributes(attributes(route))
                 if told is not None:
-                    told(placement.route)
+                    told(route)
             yield placement
             generated_tokens = len(attempt.delivered)
         finally:

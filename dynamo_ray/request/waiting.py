@@ -41,6 +41,8 @@ Raises:
 class _Waiter(Generic[T]):
     go: Go[T]
     came: asyncio.Future[T]
+    again: bool
+    """It may not be refused."""
 
 
 class WaitingRoom(Generic[T]):
@@ -73,7 +75,8 @@ class WaitingRoom(Generic[T]):
             again: it was let go before, and is never refused.
 
         Raises:
-            Overloaded: The line is full, or the wait too long; says when to come again.
+            Overloaded: The line is full, or the wait too long; says when to come again. A full line makes room for a
+                greater priority by refusing who is last in it.
             TimeoutError: The deadline has passed.
             RequestError: What `go` raises; NotReady only while nobody waits.
         """
@@ -86,7 +89,7 @@ class WaitingRoom(Generic[T]):
         at = ticket()
         if not again:
             self._refuse_too_long(at, deadline_s - began_s)
-        waiter: _Waiter[T] = _Waiter(go, loop.create_future())
+        waiter: _Waiter[T] = _Waiter(go, loop.create_future(), again)
         place = self._line.join(at, waiter, began_s)
         self.num_waited += 1
         self.wake()  # it may stand before all others, or need other ranks than they do
@@ -148,9 +151,13 @@ class WaitingRoom(Generic[T]):
         retry_after_s = max(RETRY_AFTER_S, wait_s or 0.0)
         if self._line.full:
             self.num_refused += 1
-            raise Overloaded(
+            full = Overloaded(
                 f"every rank is busy, and {len(self._line)} requests wait already", retry_after_s=retry_after_s
             )
+            last = self._line.last_behind(ticket.priority)
+            if last is None or last.again or last.came.done():
+                raise full
+            last.came.set_exception(full)
         if wait_s is not None and wait_s > remaining_s:
             self.num_refused += 1
             raise Overloaded(

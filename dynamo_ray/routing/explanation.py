@@ -66,6 +66,8 @@ class Route(msgspec.Struct, frozen=True):
     policy: str
     prefill: ChosenRank | None
     decode: ChosenRank
+    waited_s: float = 0.0
+    """For a rank that is not busy."""
 
 
 def explain(name: str, choice: Choice) -> Explanation:
@@ -81,7 +83,10 @@ def brief(name: str, choice: Choice) -> Route:
 
 def attributes(route: Route) -> dict[str, str | int | float]:
     """As OpenTelemetry takes them, for the span of the request: dynamo_ray.route.<role>.<what>."""
-    found: dict[str, str | int | float] = {"dynamo_ray.route.policy": route.policy}
+    found: dict[str, str | int | float] = {
+        "dynamo_ray.route.policy": route.policy,
+        "dynamo_ray.route.waited_s": route.waited_s,
+    }
     for role, rank in (("prefill", route.prefill), ("decode", route.decode)):
         given = {} if rank is None else msgspec.structs.asdict(rank)
         found |= {f"dynamo_ray.route.{role}.{name}": value for name, value in given.items() if value is not None}

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,14 +38,22 @@ def test_requests_wait_here_while_every_rank_is_busy_and_the_greatest_priority_g
     async def main() -> None:
         async with cluster(prefill=0, decode=2, features=(), router=held()) as made:
             order: list[str] = []
-            sent = {f"{n}": send(made, asked(f"{n}", priority=n)) for n in range(6)}
+            waited: dict[str, float] = {}
+
+            def asked_and_told(name: str) -> Generation:
+                return replace(asked(name, int(name)), told=lambda route: waited.update({name: route.waited_s}))
+
+            sent = {name: send(made, asked_and_told(name)) for name in map(str, range(6))}
             for name, task in sent.items():
                 task.add_done_callback(lambda _, name=name: order.append(name))
             while not all(task.done() for task in sent.values()):
                 await asyncio.sleep(0.01)
                 assert all(node.server.num_requests <= 1 for node in made.nodes.values())
             assert len({tuple(task.result()) for task in sent.values()}) == 1
-            assert order[2:] == ["5", "4", "3", "2"], "the first two found a free rank"
+            waits = [waited[name] for name in order]
+            assert waits == sorted(waits)
+            assert waits[1] == 0 < waits[2], "the first two found a free rank"
+            assert order[2:] == ["5", "4", "3", "2"]
             assert made.dispatch.router.room.num_waited == 4
             await made.settle()
 

@@ -133,6 +133,33 @@ def test_a_full_line_and_a_wait_beyond_the_deadline_are_refused_with_the_time_to
     clock.run(main())
 
 
+def test_a_full_line_refuses_its_last_for_a_greater_priority() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0, max_waiting=2)
+        first, last = ranks.enter(priority=1), ranks.enter()
+        await turn()
+        with pytest.raises(Overloaded):
+            await ranks.enter()
+        urgent = ranks.enter(priority=1)
+        await turn()
+        assert isinstance(last.exception(), Overloaded)
+        assert len(ranks.room) == 2
+        ranks.release(1)
+        await turn()
+        assert (first.done(), urgent.done()) == (True, False)
+        ranks.release(1)
+        await turn()
+        assert urgent.result() == 1
+        kept = ranks.enter(again=True)
+        await turn()
+        ranks.enter(priority=1).cancel()
+        await turn()
+        assert not kept.done(), "who was let go once is not refused"
+        kept.cancel()
+
+    clock.run(main())
+
+
 def test_the_deadline_ends_the_wait() -> None:
     async def main() -> None:
         ranks = Ranks(free=0)
