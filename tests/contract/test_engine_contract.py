@@ -607,6 +607,8 @@ async def test_a_pause_that_aborts_leaves_nothing_inside(site: Site) -> None:
 
 async def test_updated_weights_forget_cached_prefixes(site: Site) -> None:
     commands(site, "update_weights")
+    if spec(site.backend).engine_args.get("load_format") == "dummy":
+        pytest.skip("weights that the engine made up are in no folder to be loaded from")
     ids = prompt(100, seed=30)
     before = await answer(site.aggregated, ids, greedy(4))
     await site.aggregated.control(UpdateWeights(spec(site.backend).model_path))
