@@ -180,7 +180,7 @@ class _Peer(asyncio.Protocol):
                     self._receive(_decoder.decode(frame))
                 else:
                     self._authenticate(_hello_decoder.decode(frame))
-        except (wire.FrameTooLarge, msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (wire.FrameTooLarge, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
             log.warning("closing a connection that sent what no ingress sends: %s", error)
             self.close()
 

@@ -248,7 +248,7 @@ class WorkerConnection(asyncio.Protocol):
         try:
             for frame in self._reader.feed(data):
                 self._receive(_decoder.decode(frame))
-        except (wire.FrameTooLarge, msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (wire.FrameTooLarge, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
             log.error("%s sent a bad frame: %s", self.info.worker, error)
             self.close()
 

@@ -261,7 +261,15 @@ def test_a_worker_of_104_ranks_can_say_who_it_is() -> None:
     clock.run(main())
 
 
-def test_garbage_closes_the_connection() -> None:
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x00\x00\x00\x09\x81\xa4type\xa2\xff\xfe",  # a frame of msgpack whose text is no UTF-8
+        b"\x00\x00\x00\x01\xc1",
+    ],
+)
+def test_garbage_closes_the_connection(garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with worker() as (server, _, _ingress):
             assert server.info is not None
@@ -274,7 +282,8 @@ def test_garbage_closes_the_connection() -> None:
                     closed.set_result(None)
 
             transport, _ = await loop.create_connection(Stranger, host, int(port))
-            transport.write(b"GET / HTTP/1.1\r\n\r\n")
+            transport.write(garbage)
             await asyncio.wait_for(closed, 1.0)
 
     clock.run(main())
+    assert "closing a connection that sent what no ingress sends" in caplog.text
