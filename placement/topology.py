@@ -36,7 +36,7 @@ class Resources:
             parts.append(f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}")
         if 0 < self.memory_bytes < UNLIMITED_BYTES:
             parts.append(f"{self.memory_bytes / 2**30:.1f} GiB memory")
-        return ", ".join(parts)
+        return ", ".join(parts) or "nothing"
 
     def __add__(self, other: Resources) -> Resources:
         return Resources(self.cpus + other.cpus, self.gpus + other.gpus, self.memory_bytes + other.memory_bytes)

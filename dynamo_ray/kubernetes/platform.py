@@ -29,7 +29,7 @@ CACHE_STEP_GIB = 50
 
 def download_command(source: str, folder: str) -> list[str]:
     """What brings a model's files into a folder and verifies them; run again, it goes on where it ended."""
-    return ["dynamo-ray", "download", source, folder, "--verify"]
+    return ["dynamo-ray", "download", source, folder]
 
 
 def cache_gib(shape: ModelShape) -> int:

@@ -35,7 +35,7 @@ class Command:
     program: str
     arguments: tuple[str, ...]
     own: bool = True
-    """Begins its line or pipe: not what another program is told to start somewhere else."""
+    """Not what another program is told to start somewhere else."""
     exit_code: int = 0
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(line: str, programs: tuple[str, ...] = ("dynamo-ray", "make")) -> Iterator[Command]:
-    """Those of these programs in a line of shell, wherever in it they stand."""
+    """Those of these programs in a line of shell: on their own, in a pipe, or behind another's `--`."""
     exits = _EXITS.search(line)
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
     lexer.whitespace_split = True
@@ -77,11 +77,12 @@ def commands(line: str, programs: tuple[str, ...] = ("dynamo-ray", "make")) -> I
             parts[-1].append(word)
     for words in parts:
         kept = words[: words.index(">")] if ">" in words else words
-        for at, word in enumerate(kept):
-            if word in programs:
-                code = int(exits[1]) if exits else 0
-                yield Command(word, tuple(kept[at + 1 :]), all("=" in before for before in kept[:at]), code)
-                break
+        at = kept.index("--") + 1 if "--" in kept else 0
+        while at < len(kept) and "=" in kept[at]:
+            at += 1
+        if at < len(kept) and kept[at] in programs:
+            own, code = "--" not in kept, int(exits[1]) if exits else 0
+            yield Command(kept[at], tuple(kept[at + 1 :]), own, code)
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from guides import ROOT, Command, anchors, blocks, commands, links, messages, prose, spans
+from guides import ROOT, Block, Command, anchors, blocks, commands, links, messages, prose, spans
 from typer.testing import CliRunner
 
 from dynamo_ray.cli.commands import app
@@ -44,7 +44,8 @@ def parse(command: Command) -> None:
 
 
 def of_blocks(page: Path) -> list[Command]:
-    return [found for block in blocks(page) if block.language == "sh" for line in block.lines() for found in commands(line)]
+    shell = (block for block in blocks(page) if block.language in ("sh", "bash"))
+    return [found for block in shell for line in block.lines() for found in commands(line)]
 
 
 def in_text(page: Path) -> Iterator[Command]:
@@ -128,7 +129,7 @@ def started_by(manifest: Path) -> Iterator[Command]:
             if words[:1] == ["dynamo-ray"]:
                 yield Command("dynamo-ray", tuple(words[1:]))
             elif words[:1] == ["sh"]:
-                yield from (found for line in words[-1].splitlines() for found in commands(line, ("dynamo-ray",)))
+                yield from (found for line in Block("sh", words[-1]).lines() for found in commands(line))
 
 
 def containers(value: Any) -> Iterator[dict[str, Any]]:
