@@ -22,6 +22,8 @@ DEPLOY_CONFIG = "serve.yaml"
 INGRESS_RESOURCE = "ingress"
 """Of Ray's: pods of the ingress have one for each application and no CPU, so that they hold a replica of each, and no
 worker."""
+CONTROL_RESOURCE = "control"
+"""Of the same pods: orchestrators take a little of it, so that no pod of an engine runs a part of Serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +118,10 @@ def serve_config(document: dict[str, Any], applications: tuple[Application, ...]
     for application in applications:
         entry = changed["applications"][application.index]
         given = {deployment["name"]: deployment for deployment in entry.get("deployments") or ()}
-        ingress = given.setdefault("Ingress", {"name": "Ingress", "num_replicas": 1})
-        actor = {"num_cpus": 0, "resources": {INGRESS_RESOURCE: 1}}
-        ingress["ray_actor_options"] = {**(ingress.get("ray_actor_options") or {}), **actor}
+        for name, resource, amount in (("Ingress", INGRESS_RESOURCE, 1), ("Orchestrator", CONTROL_RESOURCE, 0.01)):
+            deployment = given.setdefault(name, {"name": name, "num_replicas": 1})
+            actor = {"num_cpus": 0, "resources": {resource: amount}}
+            deployment["ray_actor_options"] = {**(deployment.get("ray_actor_options") or {}), **actor}
         entry["deployments"] = list(given.values())
     return yaml.dump(changed, Dumper=Plain, sort_keys=False, allow_unicode=True, width=10_000)
 
@@ -224,7 +227,7 @@ def _cluster(options: Options, applications: tuple[Application, ...], document: 
                 "groupName": pods.INGRESS_POOL,
                 **_fixed(num_ingress, 1),
                 "labels": {pods.POOL_LABEL: pods.INGRESS_POOL},
-                "resources": {"CPU": "0", INGRESS_RESOURCE: str(len(applications))},
+                "resources": {"CPU": "0", INGRESS_RESOURCE: str(len(applications)), CONTROL_RESOURCE: "1"},
                 "rayStartParams": dict(store),
                 "template": pods.ingress(options, configs),
             },

@@ -116,18 +116,30 @@ def test_serve_finds_haproxy_mode_on_every_pod_and_the_ray_that_we_pin() -> None
     assert cluster_of(objects)["rayVersion"] == ray.__version__ == ray_objects.RAY_VERSION
 
 
-def test_the_ingress_has_pods_of_its_own_one_replica_each_where_no_worker_goes() -> None:
+def test_serve_runs_on_pods_of_its_own_one_ingress_replica_each_where_no_worker_goes() -> None:
     objects = rendered(WIDEEP)
     (service,) = (one for one in objects if one["kind"] == "RayService")
     serve = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert serve["http_options"]["host"] == "0.0.0.0"
-    (ingress,) = serve["applications"][0]["deployments"]
+    deployments = {one["name"]: one for one in serve["applications"][0]["deployments"]}
+    taken = {name: one["ray_actor_options"] for name, one in deployments.items()}
+    assert taken["Ingress"] == {"num_cpus": 0, "resources": {"ingress": 1}}
+    assert taken["Orchestrator"] == {"num_cpus": 0, "resources": {"control": 0.01}}
     group = groups_of(objects)["ingress"]
-    assert group["resources"] == {
-        "CPU": "0",
-        **{name: str(n) for name, n in ingress["ray_actor_options"]["resources"].items()},
-    }
-    assert group["replicas"] == ingress["num_replicas"]
+    assert group["resources"] == {"CPU": "0", "ingress": "1", "control": "1"}
+    assert group["replicas"] == deployments["Ingress"]["num_replicas"]
+    assert all("resources" not in made for name, made in groups_of(objects).items() if name != "ingress")
+
+
+def test_events_by_nats_find_the_server_that_stands_beside(tmp_path: Path) -> None:
+    by_nats = changed(tmp_path, events="nats")
+    assert "--nats: missing: KV events go by NATS" in said(by_nats, options(anonymous=True))
+    objects = rendered(by_nats, options(anonymous=True, nats=True))
+    check(tmp_path, objects)
+    (service,) = (one for one in objects if one["kind"] == "RayService")
+    urls = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]["nats"]["urls"]
+    (server,) = (one for one in objects if one["kind"] == "StatefulSet")
+    assert urls == [f"nats://{server['metadata']['name']}:4222"]
 
 
 def test_a_token_is_only_ever_named() -> None:
