@@ -323,3 +323,23 @@ def test_several_applications_share_the_cluster_under_their_names() -> None:
     groups = groups_of([made for part in parts.values() for made in part])
     assert [*groups] == ["ingress", "local-sim-prefill", "local-sim-decode", "other-prefill", "other-decode"]
     assert groups["ingress"]["resources"]["ingress"] == "2"
+
+
+def test_the_pages_commands_print_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    commands = [line.partition(" > ")[0] for line in page.splitlines() if line.startswith("dynamo-ray ")]
+    assert len(commands) >= 4
+    for line in commands:
+        done = CliRunner().invoke(command, shlex.split(line)[1:])
+        assert done.exit_code == 0, f"{line}: {done.output}{done.exception}"
+    made = tmp_path / "out" / "40-rayservice.yaml"
+    listed = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "0-" in line}
+    assert {file.stem for file in made.parent.iterdir()} <= listed
+    made.write_text(
+        made.read_text().replace("groupName: decode", "groupNam: decode").replace("moe_ep: 72", "moe_epp: 72")
+    )
+    done = CliRunner().invoke(command, ["validate", "out"])
+    for told in str(done.exception).splitlines():
+        assert told in page
