@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -341,5 +342,6 @@ def test_the_pages_commands_print_what_it_says(tmp_path: Path, monkeypatch: pyte
         made.read_text().replace("groupName: decode", "groupNam: decode").replace("moe_ep: 72", "moe_epp: 72")
     )
     done = CliRunner().invoke(command, ["validate", "out"])
-    for told in str(done.exception).splitlines():
-        assert told in page
+    without_lines = re.compile(r"\(line \d+\)")  # they move with the recipe
+    for told in without_lines.sub("", str(done.exception)).splitlines():
+        assert told in without_lines.sub("", page)
