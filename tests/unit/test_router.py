@@ -55,6 +55,7 @@ def test_requests_wait_here_while_every_rank_is_busy_and_the_greatest_priority_g
             assert waits[1] == 0 < waits[2], "the first two found a free rank"
             assert order[2:] == ["5", "4", "3", "2"]
             assert made.dispatch.router.room.num_waited == 4
+            assert asyncio.get_running_loop().time() < 1.0, "each went when a rank was free, not with the next heartbeat"
             await made.settle()
 
     clock.run(main())
