@@ -38,6 +38,7 @@ class Workers:
         self._timeout_s = heartbeat_timeout_s
         self._on_up, self._on_down, self._on_load, self._on_flush = on_up, on_down, on_load, on_flush
         self._live: dict[str, WorkerConnection] = {}
+        """By name, in order."""
         self._keepers: dict[Key, asyncio.Task[None]] = {}
 
     def of_role(self, role: Role) -> list[WorkerConnection]:
@@ -55,7 +56,7 @@ class Workers:
     def _serving(self, role: Role) -> list[WorkerConnection]:
         return [
             connection
-            for _, connection in sorted(self._live.items())
+            for connection in self._live.values()
             if connection.info.role is role and connection.alive and not connection.draining
         ]
 
@@ -86,7 +87,7 @@ class Workers:
             try:
                 await connection.connect()
                 if connection.alive:
-                    self._live[info.worker] = connection
+                    self._live = dict(sorted({**self._live, info.worker: connection}.items()))
                     self._on_up(info)
                     await lost.wait()
                 log.warning("lost the connection to %s epoch %d", info.worker, info.epoch)

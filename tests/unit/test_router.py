@@ -256,3 +256,20 @@ def test_the_time_from_an_event_to_the_index_is_summed_where_its_publisher_says_
         tally.heard(KVEventBatch(0, 0, [], published_unix_s))
     assert tally.timed_batches == 2
     assert tally.lag_s == pytest.approx(2.0, abs=0.5)
+
+
+def test_requests_of_one_session_go_to_one_worker() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=4, policy="session") as made:
+            went: dict[str, set[str]] = {name: set() for name in "abcdefgh"}
+            for turn in range(3):
+                for name, workers in went.items():
+                    told: list[Route] = []
+                    prompt = [turn, ord(name), *PROMPT]
+                    sampling = Sampling(max_tokens=1)
+                    await collect(made, Generation("r", prompt, sampling, session=name, told=told.append))
+                    workers.add(told[0].decode.worker)
+            assert all(len(workers) == 1 for workers in went.values())
+            assert len(set.union(*went.values())) > 1
+
+    clock.run(main())
