@@ -55,7 +55,7 @@ def test_requests_wait_here_while_every_rank_is_busy_and_the_greatest_priority_g
             assert waits[1] == 0 < waits[2], "the first two found a free rank"
             assert order[2:] == ["5", "4", "3", "2"]
             assert made.dispatch.router.room.num_waited == 4
-            assert asyncio.get_running_loop().time() < 1.0, "each went when a rank was free, not with the next heartbeat"
+            assert asyncio.get_running_loop().time() < 1.0, "each went when a rank was free, not with a heartbeat"
             await made.settle()
 
     clock.run(main())
@@ -246,7 +246,7 @@ def test_what_the_router_does_is_counted() -> None:
     predicted, observed = (found[f"dynamo_ray_ttft_{name}_seconds_total"] for name in ("predicted", "observed"))
     assert predicted > 0
     assert observed > 0
-    assert found["dynamo_ray_ttft_error_seconds_total"] >= abs(predicted - observed) > 0
+    assert found["dynamo_ray_ttft_error_seconds_total"] >= abs(predicted - observed) * 0.999 > 0
     assert found["dynamo_ray_queue_requests"] == found["dynamo_ray_queue_waited_total"] == 0
 
 
