@@ -92,6 +92,7 @@ class Router:
         most = config.limits.max_queued_requests
         self._occupancy = Occupancy(self.chooser.ranks, self.table, queue.busy_requests or most, most)
         self.tally = Tally()
+        self._known: dict[str, WorkerInfo] = {}
 
     @property
     def num_legs(self) -> Counter[Holder]:
@@ -102,6 +103,7 @@ class Router:
         facts = self._facts(info)
         self.chooser.up(facts)
         self._occupancy.up(facts)
+        self._known[info.worker] = info
         if facts.caches_prefixes and not facts.tells_events and self.chooser.policy.reads_overlap:
             log.log(
                 logging.INFO if self._config.events == "none" else logging.WARNING,
@@ -112,6 +114,8 @@ class Router:
         self.room.wake()
 
     def down(self, info: WorkerInfo) -> None:
+        if self._known.get(info.worker) == info:
+            del self._known[info.worker]
         self.chooser.down(info.worker, info.epoch)
         self.room.wake()
 
@@ -185,7 +189,7 @@ class Router:
             stuck = prefill if prefill and not prefill & ~busy else 0
             stuck |= decode if not decode & ~busy else 0
             if stuck:
-                return Busy(stuck)
+                return Busy(stuck, everyone=self._nobody_else(stuck))
             prefill, decode = prefill & ~busy, decode & ~busy
         choice = self._choose(ask, prefill, decode)
         now_s = _now_s()
@@ -194,6 +198,12 @@ class Router:
         route = brief(self._config.router.policy, choice) if in_words else None
         first = None if choice.prefill is None else self._target(choice.prefill)
         return Placement(first, self._target(choice.decode), booked, route, now_s, self.tally)
+
+    def _nobody_else(self, stuck: int) -> bool:
+        """Whether a whole role is stuck which every request needs."""
+        others = {info.role for info in self._known.values() if self.chooser.mask(info.worker) & ~stuck}
+        needed = self._config.roles.keys() - others
+        return bool(needed - {Role.PREFILL} if self._config.router.prefill_on_decode else needed)
 
     def _choose(self, ask: Ask, prefill: int, decode: int) -> Choice:
         """Among those masks; prefill is 0 where workers do both."""

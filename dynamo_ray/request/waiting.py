@@ -26,6 +26,8 @@ class Busy:
 
     ranks: int
     """Those, as a mask: whoever stands behind it in the line leaves them alone."""
+    everyone: bool = False
+    """Nobody else could use any other rank in that role, so that nobody behind needs to be looked at."""
 
 
 Go = Callable[[int], T | Busy]
@@ -132,6 +134,8 @@ class WaitingRoom(Generic[T]):
                 waiter.came.set_exception(error)
             else:
                 if isinstance(taken, Busy):
+                    if taken.everyone:
+                        return
                     kept |= taken.ranks
                     stuck += 1
                 else:

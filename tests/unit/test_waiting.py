@@ -91,6 +91,27 @@ def test_one_behind_goes_first_only_with_ranks_that_those_before_it_do_not_wait_
     clock.run(main())
 
 
+def test_nobody_behind_is_looked_at_where_nobody_could_go() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0)
+        looks: list[int] = []
+
+        def go(kept: int) -> int | Busy:
+            looks.append(kept)
+            return Busy(1, everyone=True)
+
+        waiting = [asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 0, 0.0), 60.0)) for _ in range(50)]
+        await turn()
+        looks.clear()
+        ranks.room.wake()
+        await turn()
+        assert looks == [0]
+        for task in waiting:
+            task.cancel()
+
+    clock.run(main())
+
+
 def test_who_leaves_frees_its_place_at_once_and_what_it_was_just_given() -> None:
     async def main() -> None:
         ranks = Ranks(free=0)
