@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PROGRAMS = ("dynamo-ray", "make", "ray", "serve")
 PACKAGES = ("dynamo_ray", "placement", "backends")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -51,7 +52,7 @@ def prose(page: Path) -> str:
 
 
 def spans(text: str) -> list[str]:
-    return [found[1] for found in _SPAN.findall(text)]
+    return [found[1] for found in _SPAN.findall(text.replace("\n", " "))]
 
 
 def links(page: Path) -> list[str]:
@@ -64,7 +65,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-def commands(line: str, programs: tuple[str, ...] = ("dynamo-ray", "make")) -> Iterator[Command]:
+def commands(line: str, programs: tuple[str, ...] = PROGRAMS) -> Iterator[Command]:
     """Those of these programs in a line of shell: on their own, in a pipe, or behind another's `--`."""
     exits = _EXITS.search(line)
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")

@@ -9,19 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import ray.scripts.scripts as ray
+import ray.serve.scripts as serve
 import typer
 import yaml
-from guides import ROOT, Block, Command, anchors, blocks, commands, links, messages, prose, spans
+from guides import PROGRAMS, ROOT, Block, Command, anchors, blocks, commands, links, messages, prose, spans
 from typer.testing import CliRunner
 
 from dynamo_ray.cli.commands import app
 from dynamo_ray.errors import StartupError
+from dynamo_ray.kubernetes.clouds import FABRICS
 from dynamo_ray.simulator.workloads import WORKLOADS
 
 GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *GUIDES]
 TROUBLE = ROOT / "docs/guides/troubleshooting.md"
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 ELSEWHERE = ("kubectl", "helm", "az", "eksctl", "aws", "gcloud", "docker", "ray", "sbatch", "srun", "pip")
 NEEDS_NOTHING = ("validate", "plan", "flags", "recipes", "manifest", "simulate")
 """Commands that start nothing and ask nobody; unless they are given an address."""
@@ -30,17 +35,23 @@ PLACEHOLDER = re.compile(r"^[A-Z]+$|\.\.\.")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 every_guide = pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 group = typer.main.get_group(app)
+CLIS: dict[str, Any] = {"dynamo-ray": group, "ray": ray.cli, "serve": serve.cli}
 
 
-def parse(command: Command) -> None:
+def check(command: Command) -> None:
     """Raises for a command, an option, a value or a number of arguments that there is not."""
-    if command.arguments == ("--help",):
-        return
-    outer = typer.Context(group, info_name="dynamo-ray")
-    name, found, rest = group.resolve_command(outer, list(command.arguments))
-    assert found is not None
-    if rest != ["--help"]:
-        found.make_context(name, list(rest), parent=outer)
+    if command.program == "make":
+        assert command.arguments[0] in TARGETS, command
+    elif command.arguments != ("--help",):
+        program = CLIS[command.program]
+        context = (typer.Context if program is group else click.Context)(program)
+        name, found, rest = program.resolve_command(context, list(command.arguments))
+        while isinstance(found, click.Group):
+            context = click.Context(found, parent=context)
+            name, found, rest = found.resolve_command(context, rest)
+        assert found is not None
+        if rest != ["--help"]:
+            found.make_context(name, list(rest), parent=context)
 
 
 def of_blocks(page: Path) -> list[Command]:
@@ -50,27 +61,21 @@ def of_blocks(page: Path) -> list[Command]:
 
 def in_text(page: Path) -> Iterator[Command]:
     for span in spans(prose(page)):
-        if re.match(r"(dynamo-ray|make) [a-z]", span):
+        if re.match(rf"({'|'.join(PROGRAMS)}) [a-z]", span):
             yield from commands(span)
 
 
 @every_page
-def test_each_command_is_one_that_the_program_takes(page: Path) -> None:
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+def test_each_command_is_one_that_its_program_takes(page: Path) -> None:
     for command in of_blocks(page):
-        if command.program == "make":
-            assert command.arguments[0] in targets, command
-            continue
-        parse(command)
+        check(command)
         for word in command.arguments:
             assert not word.startswith("configs/") or (ROOT / word).exists(), f"{command}: there is no {word}"
     for command in in_text(page):
-        if command.program == "make":
-            assert command.arguments[0] in targets, command
-        elif len(command.arguments) == 1:
-            assert command.arguments[0] in group.commands, command
+        if len(command.arguments) > 1 or command.program == "make":
+            check(command)
         else:
-            parse(command)
+            assert command.arguments[0] in CLIS[command.program].commands, command  # named, not given
 
 
 @every_guide
@@ -91,9 +96,10 @@ def test_what_needs_no_cluster_runs_and_prints_what_the_page_shows(
         elif block.language == "sh":
             for line in block.lines():
                 printed |= {squeezed(said) for found in commands(line) if runs(found) for said in run(found)}
+    assert printed, "every guide shows something that runs"
     for made in tmp_path.glob("*/*.yaml"):
         for command in started_by(made):
-            parse(command)
+            check(command)
 
 
 def runs(command: Command) -> bool:
@@ -140,6 +146,16 @@ def containers(value: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(value, list):
         for inner in value:
             yield from containers(inner)
+
+
+def test_machines_of_the_cloud_pages_are_those_of_the_manifests() -> None:
+    for page, cloud in (("eks", "eks-efa"), ("gke", "gke-roce")):
+        rows = re.findall(
+            r"^\| `[^|]*` \| \d ([A-Z]+\d+) \| (\d|yes)", (GUIDES[0].parent / f"{page}.md").read_text(), re.M
+        )
+        machines = FABRICS[cloud].machines
+        assert {gpu for gpu, _ in rows} == set(machines)
+        assert all(said in ("yes", str(machines[gpu].devices_per_gpu)) for gpu, said in rows)
 
 
 @every_page
