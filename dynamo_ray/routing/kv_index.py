@@ -34,7 +34,7 @@ MAX_BATCH_BLOCKS = 1 << 18
 """A step stores a few thousand."""
 MAX_RANK_BLOCKS = 1 << 22
 """Of one tier: far beyond what memory there is for blocks of 16 tokens."""
-_CHUNK = 64
+_CHUNK = 32
 
 Runs = list[tuple[int, int]]
 """(mask of ranks, depth): these ranks hold exactly `depth` leading blocks. Deepest last; no rank is in two."""
@@ -255,6 +255,8 @@ def leading_runs(blocks: Blocks, hashes: Sequence[int], mask: int) -> Runs:
     if not alive:
         return runs
     for start in range(0, len(hashes), _CHUNK):
+        if not alive & get(hashes[start], 0):
+            break
         masks = list(map(get, hashes[start : start + _CHUNK]))
         first = masks[0]
         if first is not None and alive & first == alive and masks.count(first) == len(masks):
