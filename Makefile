@@ -14,7 +14,7 @@ SGLANG := backends/requirements-sglang-cpu.txt
 SGLANG_NODEPS := backends/requirements-sglang-cpu-nodeps.txt
 
 .DEFAULT_GOAL := help
-.PHONY: setup-sglang-cpu test-sglang-cpu help setup setup-core models run run-sim test check bench bench-placement recipes manifests clean
+.PHONY: setup-sglang-cpu test-sglang-cpu help setup setup-core models run run-sim test check bench bench-placement bench-routing recipes manifests clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -67,6 +67,13 @@ bench-placement:  ## Time the planner, and hold its layouts against Ray's PACK a
 	@sh .ci/make-venv $(PYTHON) .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check ortools==9.15.6755 pyyaml==6.0.3
 	PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_placement.py --check
+
+bench-routing:  ## Time the KV index and routing decisions beside Dynamo's in the same run
+	@sh .ci/make-venv $(PYTHON) .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check msgspec==0.22.0 numpy==2.4.6 psutil==7.2.2 pydantic==2.14.3 pyyaml==6.0.3 pyzmq==27.3.0 xxhash==4.1.0
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ai-dynamo-runtime==1.6.1
+	PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_index.py --check
+	PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_decision.py --check
 
 $(SGLANG_VENV)/.engine: pyproject.toml $(SGLANG) $(SGLANG_NODEPS)
 	@sh .ci/make-venv $(PYTHON) $(SGLANG_VENV)
