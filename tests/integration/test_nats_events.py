@@ -187,7 +187,9 @@ def reading(rig: Rig, name: str) -> float:
     return sum(value for found, _, _, value in plane.readings() if found == name)
 
 
-async def test_replicas_are_exact_from_their_first_seconds_however_late_they_start(rig: Rig) -> None:
+async def test_replicas_are_exact_from_their_first_seconds_however_late_they_start(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = rig.engines
     first.store(0, 300)
     rig.replica()
@@ -201,6 +203,10 @@ async def test_replicas_are_exact_from_their_first_seconds_however_late_they_sta
     assert reading(rig, "dynamo_ray_nats_connected") == 1
     await until(lambda: reading(rig, "dynamo_ray_nats_published_total") > 0)
     assert rig.replicas[1][1].num_gaps == 0
+    monkeypatch.setattr(subscriber, "MAX_REPLAYED", 0)
+    rig.replica()  # asks, where there is much to read
+    await rig.exact(3.0)
+    assert rig.replicas[2][1].asks > 0
 
 
 async def test_a_killed_server_that_comes_back_with_its_data_costs_nothing(

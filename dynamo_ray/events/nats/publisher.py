@@ -156,6 +156,16 @@ class Publisher:
     def dropped(self) -> int:
         return sum(rank.dropped for rank in self._ranks.values())
 
+    @property
+    def idle(self) -> bool:
+        """All that was said is confirmed."""
+        return not self._unconfirmed and not any(rank.due or rank.waiting for rank in self._ranks.values())
+
+    def next_sequence(self, holder: Holder) -> int | None:
+        """The batch that a rank says next; None: not one of ours."""
+        rank = self._ranks.get(holder.dp_rank)
+        return None if rank is None or rank.holder != holder else rank.next_sequence
+
     def start(self, sources: Sequence[KVEventSource]) -> None:
         for source in sources:
             holder = Holder(self._worker, self._epoch, source.dp_rank)
@@ -188,7 +198,7 @@ class Publisher:
         jetstream = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         stream = await self._link.stream(jetstream)
         if not stream.continues(self._stream):
-            self._restate_all()
+            self.restate_all()
         self._stream = stream
         await client.subscribe(self._subjects.ask(self._worker, self._epoch), cb=self._asked)
         async with asyncio.TaskGroup() as tasks:
@@ -265,7 +275,7 @@ class Publisher:
         self.published += 1
         sequence = future.result().seq
         if self._stream is not None and sequence <= self._stream.last_sequence:
-            self._restate_all()  # a stream that counts anew has lost everything
+            self.restate_all()  # a stream that counts anew has lost everything
         if self._stream is not None:
             self._stream = Stream(self._stream.created, sequence)
 
@@ -297,7 +307,8 @@ class Publisher:
                 rank.restate()
         self._wake.set()
 
-    def _restate_all(self) -> None:
+    def restate_all(self) -> None:
+        """Say again all that every rank holds."""
         for rank in self._ranks.values():
             rank.restate()
         self._wake.set()

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import nats.errors
 from nats.aio.client import Client
@@ -33,6 +33,8 @@ MISSED_HEARTBEATS = 3
 TICK_S = 0.25
 FIRST_ASK_S = 0.25
 LAST_ASK_S = 10.0
+MAX_REPLAYED = 2_000
+"""Messages of a worker. With more in the stream, who starts asks for all that its ranks hold, which is less to read."""
 MAX_PENDING_BYTES = 64 * 1024 * 1024
 """Of one worker's messages that are not read yet; the server holds back what would not fit (flow control)."""
 
@@ -153,7 +155,11 @@ class _Worker:
         self._read = 0
         """The stream's sequence of the newest message read."""
         self._ask_every_s = FIRST_ASK_S
-        self._ask_at_s = self._taken_s = 0.0
+        self._ask_at_s = self._taken_s = self._heard_s = 0.0
+        self._consumed: int | None = None
+        """Messages of the consumer being read; None: one of them is missing."""
+        self._caught_up = False
+        self._wake = asyncio.Event()
 
     def found(self, stream: Stream) -> None:
         """The stream after a new connection. One that lost what it had is read from its beginning."""
@@ -183,36 +189,49 @@ class _Worker:
 
     async def _consume(self, client: Client, jetstream: JetStreamContext) -> None:
         """Read one ordered consumer; returns when a message of it is missing, raises TimeoutError when it is silent."""
-        async with _subscribed(client) as subscription:
-            config = self._consumer(subscription.subject)
+        self._consumed, self._heard_s, self._caught_up = 0, time.monotonic(), False
+        self._ask_at_s = self._heard_s + FIRST_ASK_S
+        self._wake.clear()
+        async with _subscribed(client, self._heard) as subscription:
             self._owner.consumers += 1
-            info = await jetstream.add_consumer(self._owner.subjects.stream, config=config)
-            caught_up, expected = not info.num_pending, 1
-            heard_s = time.monotonic()
-            self._ask_at_s = heard_s + FIRST_ASK_S
-            while True:
-                try:
-                    message = await subscription.next_msg(timeout=TICK_S)
-                except nats.errors.TimeoutError:
-                    message = None
-                now_s = time.monotonic()
-                if message is not None:
-                    heard_s = now_s
-                    if message.headers and message.headers.get("Status") == "100":
-                        if message.reply:
-                            await message.respond(b"")  # flow control: what came before it has been read
-                        elif message.headers.get("Nats-Last-Consumer", str(expected - 1)) != str(expected - 1):
-                            return
-                    elif message.metadata.sequence.consumer != expected:
-                        return
-                    else:
-                        expected += 1
-                        caught_up = caught_up or not message.metadata.num_pending
-                        await self._take(message)
-                elif now_s - heard_s > MISSED_HEARTBEATS * HEARTBEAT_S:
+            stream, config = self._owner.subjects.stream, self._consumer(subscription.subject)
+            info = await jetstream.add_consumer(stream, config=config)
+            pending = info.num_pending or 0
+            if pending > MAX_REPLAYED and not self._read and self._stream is not None:
+                self._read = self._stream.last_sequence  # to be told all they hold takes less
+                return
+            self._caught_up = self._caught_up or not pending
+            while self._consumed is not None:
+                if time.monotonic() - self._heard_s > MISSED_HEARTBEATS * HEARTBEAT_S:
                     raise TimeoutError("it is silent")
-                if caught_up and now_s >= self._ask_at_s:
-                    await self._ask(client, now_s)
+                if self._caught_up and time.monotonic() >= self._ask_at_s:
+                    await self._ask(client, time.monotonic())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(TICK_S):
+                        await self._wake.wait()
+                self._wake.clear()
+
+    async def _heard(self, message: Msg) -> None:
+        """One message of the consumer being read: its number must be the one after the last one's."""
+        if self._consumed is None:
+            return
+        self._heard_s = time.monotonic()
+        headers = message.headers or {}
+        if headers.get("Status") == "100":
+            if message.reply:
+                await message.respond(b"")  # flow control: what came before it has been read
+                return
+            whole = headers.get("Nats-Last-Consumer", str(self._consumed)) == str(self._consumed)
+        else:
+            number = message.metadata.sequence.consumer
+            whole = number == self._consumed + 1
+            if whole:
+                self._consumed = number
+                self._caught_up = self._caught_up or not message.metadata.num_pending
+                await self._take(message)
+        if not whole:
+            self._consumed = None
+            self._wake.set()
 
     def _consumer(self, inbox: str) -> ConsumerConfig:
         return ConsumerConfig(
@@ -252,6 +271,7 @@ class _Worker:
         if verdict is Verdict.GAP:
             owner.num_gaps += 1
             self._ask_every_s, self._ask_at_s = FIRST_ASK_S, 0.0
+            self._wake.set()
             owner.listener.uncertain(holder)
         elif snapshot is not None:
             owner.listener.restore(holder, snapshot)
@@ -277,9 +297,9 @@ class _Worker:
 
 
 @contextlib.asynccontextmanager
-async def _subscribed(client: Client) -> AsyncIterator[Subscription]:
+async def _subscribed(client: Client, heard: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[Subscription]:
     subscription = await client.subscribe(
-        client.new_inbox(), pending_bytes_limit=MAX_PENDING_BYTES, pending_msgs_limit=-1
+        client.new_inbox(), cb=heard, pending_bytes_limit=MAX_PENDING_BYTES, pending_msgs_limit=-1
     )
     try:
         yield subscription
