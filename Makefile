@@ -59,6 +59,7 @@ check: models  ## Format, lint, types, layering, coverage of the fast tests
 bench: models  ## Measure what a token costs in the ingress, beside a Serve handle
 	$(BIN)/python tests/bench/bench_detokenise.py
 	$(BIN)/python tests/bench/bench_ingress.py --check
+	$(BIN)/python tests/bench/bench_nats.py
 
 recipes: $(VENV)/.core  ## Write the table of recipes into README.md
 	@$(BIN)/dynamo-ray recipes --into README.md
