@@ -196,9 +196,19 @@ class Link:
                 )
             yield client
         finally:
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await client.close()
+            await _closed(client)
+
+
+async def _closed(client: Client) -> None:
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await client.close()
+            return
+    # To a server that hangs nats-py 2.16 waits for what is unsent before it ends anything else.
+    for subscription in list(client._subs.values()):
+        subscription._stop_processing()
+    if client._transport is not None:
+        client._transport.close()  # type: ignore[no-untyped-call]
 
 
 async def _while_answering(client: Client, work: Awaitable[None]) -> None:
