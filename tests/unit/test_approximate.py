@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from data_path import cluster
 
 from dynamo_ray.routing.approximate import RoutedPrefixes
 from dynamo_ray.routing.ranks import Holder, Ranks
+from dynamo_ray.simulator import clock
 
 A, B = Holder("a", 1, 0), Holder("b", 1, 0)
 
@@ -53,3 +55,18 @@ def test_a_rank_that_left_leaves_nothing_to_the_next_of_its_column(ranks: Ranks)
     routed.routed(A, [1], now_s=0.0)
     assert ranks.add(Holder("c", 1, 0)) == 0
     assert routed.overlap([1], now_s=0.0) == {}
+
+
+def test_that_a_cache_is_guessed_is_said_once_and_shown(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> dict[str, float]:
+        async with cluster(prefill=0, decode=1, router={"approximate": {"ttl_s": 7, "max_blocks": 9}}) as made:
+            guesses = made.dispatch.router.chooser.guesses
+            assert (guesses.ttl_s, guesses.max_blocks) == (7, 9)
+            readings = made.dispatch.readings()
+            return {
+                labels["worker"]: value for name, _, labels, value in readings if name.endswith("index_approximate")
+            }
+
+    assert clock.run(main()) == {"decode-0": 1}
+    (said,) = [record for record in caplog.records if "guessed" in record.getMessage()]
+    assert (said.levelname, "decode-0" in said.getMessage(), "last 7 s" in said.getMessage()) == ("WARNING", True, True)
