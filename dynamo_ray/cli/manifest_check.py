@@ -9,6 +9,7 @@ from typing import Any
 
 from dynamo_ray import config_file
 from dynamo_ray.cli.checked import check_document
+from dynamo_ray.cli.serve_schema import check as serve_problems
 from dynamo_ray.cluster.workload import worker_groups
 from dynamo_ray.config_file import Application, Document, Place, dotted
 from dynamo_ray.errors import ConfigError, Problem
@@ -106,7 +107,7 @@ def _inside(document: Document, place: Place, with_pods: bool) -> Iterator[Probl
         return
     if more:
         yield document.problem(place, "holds several YAML documents; Serve reads one")
-    applications, problems = check_document(inner)
+    applications, problems = check_document(inner) if config_file.IMPORT_PATH in text else ((), serve_problems(inner))
     for problem in problems:
         field = name if problem.field == "(file)" else f"{name}.{problem.field}"
         yield _outside(document, place, replace(problem, field=field))
@@ -121,8 +122,9 @@ def _outside(document: Document, place: Place, problem: Problem) -> Problem:
 
 
 def _misfits(document: Document, application: Application) -> Iterator[Problem]:
-    """Workers that find no room in the worker groups beside them."""
-    if application.config.accelerator == NO_ACCELERATOR:
+    """Workers that find no room in the worker groups beside them, where no autoscaler would make some."""
+    autoscales = _at(document.value, "spec", "rayClusterConfig", "enableInTreeAutoscaling")
+    if application.config.accelerator == NO_ACCELERATOR or autoscales:
         return
     groups = _at(document.value, "spec", "rayClusterConfig", "workerGroupSpecs")
     nodes = [
@@ -142,10 +144,10 @@ def _nodes(group: Mapping[str, Any], accelerator: str) -> Iterator[Node]:
     containers = _at(group, "template", "spec", "containers")
     first = containers[0] if isinstance(containers, list) and containers else {}
     gpus = _at(first, "resources", "limits", "nvidia.com/gpu")
-    count = group.get("replicas", group.get("minReplicas", 0)) * group.get("numOfHosts", 1)
+    replicas, hosts = group.get("replicas") or 0, group.get("numOfHosts") or 1
     domain = str(_at(group, "labels", DOMAIN_LABEL) or "")
     total = Resources(cpus=float("inf"), gpus=int(gpus or 0), memory_bytes=UNLIMITED_BYTES)
-    for index in range(count):
+    for index in range(replicas * hosts):
         name = f"{group.get('groupName')}-{index}"
         yield Node(name, name, total, total, accelerator, domain=domain)
 

@@ -50,10 +50,10 @@ def check(document: Document) -> list[Problem]:
     value = document.value
     kind = value.get("kind")
     spec = value.get("spec")
-    if kind not in NAME_LIMITS or not isinstance(spec, dict):
+    if not isinstance(kind, str) or kind not in NAME_LIMITS or not isinstance(spec, dict):
         return []
     metadata = _mapping(value.get("metadata"))
-    found = list(_named(str(kind), metadata))
+    found = list(_named(kind, metadata))
     annotations = _mapping(metadata.get("annotations"))
     if kind == "RayCluster":
         found += [*_cluster(("spec",), spec, annotations)]
@@ -85,8 +85,9 @@ def _service(spec: Values, annotations: Values) -> Found:
         yield ("spec", "upgradeStrategy", "type"), f"{kind!r} is none of {', '.join(_UPGRADES)}"
     if kind == "NewClusterWithIncrementalUpgrade":
         yield from _incremental(cluster, strategy)
-    serving = any(_is_serving(port) for container in _containers(head) for port in container.get("ports") or ())
-    if not serving and spec.get("serveService") is None:
+    # Without any port KubeRay takes its own default ones.
+    ports = [_mapping(port) for container in [*_containers(head)][:1] for port in container.get("ports") or ()]
+    if ports and not any(_is_serving(port) for port in ports) and spec.get("serveService") is None:
         place = ("spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "containers", 0, "ports")
         yield place, "no port is called `serve`, so KubeRay makes no Service for clients; add {containerPort: 8000}"
     delay = spec.get("rayClusterDeletionDelaySeconds")
@@ -124,7 +125,6 @@ def _cluster_upgrade(spec: Values) -> Found:
 
 def _cluster(path: Place, spec: Values, annotations: Values) -> Found:
     head = _mapping(spec.get("headGroupSpec"))
-    autoscales = bool(spec.get("enableInTreeAutoscaling"))
     yield from _group((*path, "headGroupSpec"), head)
     groups = spec.get("workerGroupSpecs")
     seen: set[str] = set()
@@ -132,7 +132,9 @@ def _cluster(path: Place, spec: Values, annotations: Values) -> Found:
         if isinstance(group, dict):
             here: Place = (*path, "workerGroupSpecs", index)
             yield from _group(here, group)
-            yield from _replicas(here, group, autoscales)
+            yield from _replicas(here, group)
+            if group.get("idleTimeoutSeconds") is not None and not spec.get("enableInTreeAutoscaling"):
+                yield (*here, "idleTimeoutSeconds"), "only the autoscaler reads it, and it is off; leave it out"
             name = str(group.get("groupName"))
             if name in seen:
                 yield (*here, "groupName"), f"{name!r} is an earlier group's; every group needs its own"
@@ -157,11 +159,9 @@ def _group(path: Place, group: Values) -> Found:
             yield (*path, "labels", str(key)), f"{key}: {value!r} is no Kubernetes label"
 
 
-def _replicas(path: Place, group: Values, autoscales: bool) -> Found:
+def _replicas(path: Place, group: Values) -> Found:
     least, most, replicas = (group.get(key) for key in ("minReplicas", "maxReplicas", "replicas"))
     for key, number in (("minReplicas", least), ("maxReplicas", most)):
-        if number is None and not autoscales:
-            yield (*path, key), "missing: without autoscaling a group says both minReplicas and maxReplicas"
         if isinstance(number, int) and number < 0:
             yield (*path, key), f"must not be negative; it is {number}"
     if isinstance(least, int) and isinstance(most, int):
@@ -172,8 +172,6 @@ def _replicas(path: Place, group: Values, autoscales: bool) -> Found:
     hosts = group.get("numOfHosts", 1)
     if isinstance(hosts, int) and hosts < 1:
         yield (*path, "numOfHosts"), f"must be at least 1; it is {hosts}"
-    if group.get("idleTimeoutSeconds") is not None and not autoscales:
-        yield (*path, "idleTimeoutSeconds"), "only the autoscaler reads it, and it is off; leave it out"
 
 
 def _storage(path: Place, spec: Values, annotations: Values) -> Found:
@@ -223,8 +221,8 @@ def _is_label(key: str, value: str) -> bool:
     return named and placed and len(value) <= LABEL_LENGTH and (not value or _LABEL_NAME.fullmatch(value) is not None)
 
 
-def _is_serving(port: Any) -> bool:
-    name = str(_mapping(port).get("name"))
+def _is_serving(port: Values) -> bool:
+    name = str(port.get("name"))
     return name == "serve" or name.startswith("serve-")
 
 

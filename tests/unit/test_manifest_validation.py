@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
+import copy
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,12 @@ def test_a_custom_resource_without_a_schema_is_named_as_such(tmp_path: Path) -> 
 
 
 def test_without_the_wheel_core_objects_are_not_called_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = resources.files
+
     def missing(name: str) -> Any:
         if name == "kubernetes_validate":
             raise ModuleNotFoundError(name)
-        return builtins.__import__("importlib.resources", fromlist=["files"]).files(name)
+        return installed(name)
 
     validation._core_names.cache_clear()
     monkeypatch.setattr(resources, "files", missing)
@@ -147,7 +150,6 @@ ENV = f"{HEAD}/template/spec/containers/0/env/0"
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (f"{GROUP}/minReplicas", ..., "without autoscaling a group says both"),
         (f"{GROUP}/minReplicas", 2, "2 is more than maxReplicas 1"),
         (f"{GROUP}/replicas", 5, "5 is not within minReplicas 1 and maxReplicas 1"),
         (f"{GROUP}/numOfHosts", 0, "must be at least 1"),
@@ -169,12 +171,46 @@ ENV = f"{HEAD}/template/spec/containers/0/env/0"
         ("spec/upgradeStrategy/type", "NewClusterWithIncrementalUpgrade", "needs enableInTreeAutoscaling"),
         ("spec/rayClusterDeletionDelaySeconds", -1, "must not be negative"),
         (f"{HEAD}/headService", {"metadata": {"name": "x"}}, "names its head's Service itself"),
-        (f"{HEAD}/template/spec/containers/0/ports", [], "no port is called `serve`"),
+        (f"{HEAD}/template/spec/containers/0/ports", [{"containerPort": 8265}], "no port is called `serve`"),
         (f"{CONFIG}/rayVersion", ..., "authOptions.mode token needs it"),
     ],
 )
 def test_what_kuberay_would_not_act_on_is_refused(path: str, value: Any, expected: str) -> None:
     assert any(expected in one for one in rule(path, value))
+
+
+def test_a_service_that_is_not_ours_is_checked_as_far_as_serves_own_schema(tmp_path: Path) -> None:
+    ours = yaml.safe_load(SERVICE)
+    serve = "applications:\n  - name: other\n    import_path: other.module:app\n"
+    file = tmp_path / "other.yaml"
+    file.write_text(yaml.safe_dump({**ours, "spec": {**ours["spec"], "serveConfigV2": serve}}, default_style="|"))
+    assert [found.title for found in manifest_check.check(file)] == ["RayService deepseek-r1"]
+    found = problems(tmp_path, file.read_text().replace("import_path", "import_pth"))
+    assert any("applications[0].import_pth" in problem.field for problem in found)
+
+
+@pytest.mark.parametrize("junk", [None, [], "x", {"a": None}])
+def test_whatever_stands_anywhere_is_refused_or_valid_and_never_a_crash(junk: Any) -> None:
+    whole = yaml.safe_load(SERVICE)
+    whole["spec"]["serveConfigV2"] = "applications: []"
+    for place in _places(whole, 6):
+        changed = copy.deepcopy(whole)
+        inner = changed
+        for part in place[:-1]:
+            inner = inner[part]
+        inner[place[-1]] = junk
+        if validation.is_manifest(Document(changed, {})):
+            validation.check(Document(changed, {}))
+            rules.check(Document(changed, {}))
+
+
+def _places(value: Any, depth: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if depth:
+        for key, inner in items:
+            yield from _places(inner, depth - 1, (*path, key))
 
 
 def test_what_kuberay_acts_on_breaks_no_rule() -> None:
@@ -227,9 +263,16 @@ def test_equal_parts_are_written_once_and_mean_the_same() -> None:
 
 def test_every_schema_says_where_it_is_from() -> None:
     known = validation.known_kinds()
-    assert {"RayService", "RayCluster", "RayJob", "PodMonitor", "ServiceMonitor", "HTTPRoute", "ComputeDomain"} == set(
-        known
-    )
+    assert {
+        "RayService",
+        "RayCluster",
+        "RayJob",
+        "RayCronJob",
+        "PodMonitor",
+        "ServiceMonitor",
+        "HTTPRoute",
+        "ComputeDomain",
+    } == set(known)
     assert all(" v" in source and "Apache-2.0" in source for source in known.values())
 
 
