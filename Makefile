@@ -73,8 +73,7 @@ bench-routing:  ## Time the KV index and routing decisions beside Dynamo's in th
 	@sh .ci/make-venv $(PYTHON) .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check msgspec==0.22.0 numpy==2.4.6 psutil==7.2.2 pydantic==2.14.3 pyyaml==6.0.3 pyzmq==27.3.0 xxhash==4.1.0
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ai-dynamo-runtime==1.6.1
-	PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_index.py --check
-	PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_decision.py --check
+	@failed=; for bench in index decision; do PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_$$bench.py --check || failed=1; done; test -z "$$failed"
 
 $(SGLANG_VENV)/.engine: pyproject.toml $(SGLANG) $(SGLANG_NODEPS)
 	@sh .ci/make-venv $(PYTHON) $(SGLANG_VENV)
