@@ -30,7 +30,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     application["deployments"] = [{"name": "Ingress", "num_replicas": 2}]
     for role in ("prefill", "decode"):
         application["args"][role]["parallelism"] = {"attn_dp": 2, "moe_ep": 2}
-    application["args"]["router"] = {"policy": "blocks"}
+    # A prefix outweighs a request that has just ended, and is not yet known to have, on the same rank.
+    application["args"]["router"] = {"policy": "blocks", "prefill_load_scale": 4.0}
     path = tmp_path_factory.mktemp("two-ingresses") / "config.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
@@ -83,10 +84,11 @@ def rank(leg: dict[str, Any]) -> tuple[str, int]:
     return leg["worker"], leg["dp_rank"]
 
 
-def knows(url: str, body: dict[str, Any], num_blocks: int) -> bool:
-    """Whether some prefill rank is known there to hold so many of its blocks."""
+def chooses(url: str, body: dict[str, Any], num_blocks: int) -> bool:
+    """Whether it would take a prefill rank that holds so many of its blocks: it knows of them, and of no load there."""
     dry, _ = post(url, "/v1/route", body)
-    return max(candidate["overlap_blocks"] for candidate in dry["prefill"]["candidates"]) >= num_blocks
+    (chosen,) = (candidate for candidate in dry["prefill"]["candidates"] if candidate["chosen"])
+    return bool(chosen["overlap_blocks"] >= num_blocks)
 
 
 def test_a_second_turn_lands_where_the_prefix_is_through_either_replica(replicas: list[str]) -> None:
@@ -96,8 +98,8 @@ def test_a_second_turn_lands_where_the_prefix_is_through_either_replica(replicas
         answer, route = post(one, "/v1/completions", {"prompt": first, "max_tokens": 8})
         second = {"prompt": first + answer["choices"][0]["text"] + " And then?", "max_tokens": 8}
         for url in (other, one):
-            wait_until(partial(knows, url, second, len(first) // 16), 10, f"{url} has heard what the first turn left")
-        for url in (other, one):
+            # What the last turn left is told at once, that it has ended with the rank's next heartbeat.
+            wait_until(partial(chooses, url, second, len(first) // 16), 10, f"{url} knows where the first turn is")
             answer, again = post(url, "/v1/completions", second)
             assert rank(again["prefill"]) == rank(route["prefill"])
             assert again["prefill"]["overlap_blocks"] >= len(first) // 16
