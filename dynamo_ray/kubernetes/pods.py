@@ -60,7 +60,9 @@ def ingress(options: Options, configs: tuple[DeploymentConfig, ...]) -> Object:
     container["resources"] = _both({"cpu": str(INGRESS_CPUS), "memory": f"{INGRESS_GIB}Gi"})
     container["readinessProbe"] = _probe(_PROXY_HEALTH, failures=1)
     # It tokenises: it reads the tokenizer's files, not the weights.
-    return _pod(options, container, _shm(RAY_GIB), configs, INGRESS_POOL)
+    pod = _pod(options, container, _shm(RAY_GIB), configs, INGRESS_POOL)
+    pod["spec"]["terminationGracePeriodSeconds"] = _grace_s(configs)
+    return pod
 
 
 def engine(options: Options, config: DeploymentConfig, role: RoleConfig, group: str, hosts: int) -> Object:
@@ -81,7 +83,7 @@ def engine(options: Options, config: DeploymentConfig, role: RoleConfig, group: 
     spec = pod["spec"]
     spec["nodeSelector"] = dict(clouds.FABRICS[options.cloud].machines[config.accelerator].selector)
     spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    spec["terminationGracePeriodSeconds"] = ceil(config.limits.drain_timeout_s) + DRAIN_MARGIN_S
+    spec["terminationGracePeriodSeconds"] = _grace_s((config,))
     _add_fabric(options, spec, f"{options.name}-rdma-{gpus}gpu")
     if hosts > 1 and shares_nvlink(config, role):
         _add_domain(spec, f"{options.name}-{group}", pod["metadata"]["labels"])
@@ -107,6 +109,10 @@ def cache_root(configs: tuple[DeploymentConfig, ...]) -> str | None:
 def is_downloaded(config: DeploymentConfig) -> bool:
     """Whether its model comes from elsewhere; others are made by `dynamo-ray model` in each pod."""
     return models.key_of(config.model.folder) is None
+
+
+def _grace_s(configs: tuple[DeploymentConfig, ...]) -> int:
+    return ceil(max(config.limits.drain_timeout_s for config in configs)) + DRAIN_MARGIN_S
 
 
 def _container(name: str, options: Options, configs: tuple[DeploymentConfig, ...], ports: dict[str, int]) -> Object:

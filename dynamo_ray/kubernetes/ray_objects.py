@@ -12,7 +12,7 @@ import yaml
 from backends.engine import Role
 from dynamo_ray.config import DeploymentConfig, RoleConfig
 from dynamo_ray.config_file import Application
-from dynamo_ray.kubernetes import clouds, pods
+from dynamo_ray.kubernetes import clouds, pods, rules
 from dynamo_ray.kubernetes.options import Options
 from dynamo_ray.kubernetes.pods import Object
 from placement.topology import DOMAIN_LABEL, NO_ACCELERATOR
@@ -170,7 +170,7 @@ def deployer(options: Options, applications: tuple[Application, ...], document: 
     """For a RayCluster: the configuration, a Job that deploys it, and the Service that a RayService would have."""
     here = {"namespace": options.namespace}
     name = f"{options.name}-serve"
-    token = {"secretKeyRef": {"name": options.name, "key": "auth_token"}}
+    token = {"secretKeyRef": {"name": rules.token_secret(options.name), "key": "auth_token"}}
     container = {
         "name": "serve-deploy",
         "image": options.image,

@@ -26,6 +26,7 @@ DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_NAME = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)")
 _LABEL_PREFIX = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _DURATION = re.compile(r"(\d+(\.\d+)?(ns|us|ms|s|m|h))+|\d+")
+_SECRET_LENGTH = 50
 _RESOURCES = ("num-cpus", "num-gpus", "memory", "resources")
 _UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 
@@ -43,6 +44,15 @@ def name_problem(kind: str, name: str) -> str | None:
     if not DNS_LABEL.fullmatch(name):
         return f"{name!r} is no DNS label; lower-case letters, digits and -, beginning with a letter"
     return None
+
+
+def token_secret(cluster: str) -> str:
+    """The Secret in which KubeRay keeps a cluster's token: its name is the last 50 characters of the cluster's.
+
+    CheckName in controllers/ray/utils/util.go.
+    """
+    name = cluster[-_SECRET_LENGTH:]
+    return name if name[0].isalpha() else f"r{name[1:]}"
 
 
 def check(document: Document) -> list[Problem]:

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dynamo_ray import app
-from dynamo_ray.cli import manifest, manifest_check
+from dynamo_ray.cli import downloading, manifest, manifest_check
 from dynamo_ray.cli.commands import app as command
 from dynamo_ray.cluster.workload import worker_groups
 from dynamo_ray.config_file import Application, applications, read
@@ -153,6 +153,20 @@ def test_a_token_is_only_ever_named() -> None:
     assert not any(one["kind"] == "Secret" for one in objects)
 
 
+def test_the_download_job_runs_our_command_for_the_models_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = (one for one in rendered(WIDEEP) if one["kind"] == "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    run: list[downloading.Wanted] = []
+    monkeypatch.setattr(downloading, "run", lambda one, *_: run.append(one))
+    program, *words = container["command"]
+    assert program == "dynamo-ray"
+    assert CliRunner().invoke(command, words).exit_code == 0
+    assert run == [downloading.Wanted("deepseek-ai/DeepSeek-R1", Path("/models/DeepSeek-R1"))]
+    (mount,) = container["volumeMounts"]
+    assert mount["mountPath"] == "/models"
+    assert "readOnly" not in mount
+
+
 def test_nodes_of_one_nvlink_domain_share_a_label_a_compute_domain_and_a_clique() -> None:
     objects = rendered(NVLINK)
     domains = {one["metadata"]["name"]: one["spec"] for one in objects if one["kind"] == "ComputeDomain"}
@@ -223,6 +237,13 @@ def test_a_stored_service_is_reachable_at_the_longest_name_and_not_beyond() -> N
     assert rendered(LOCAL_SIM, options(name="a" * 53, kind="raycluster"))
     limit = "has 48 characters, KubeRay takes 47 for a RayService (63 of a Service's name less 10 for -serve-svc and 6"
     assert limit in said(LOCAL_SIM, options(name="a" * 48))
+    deploy = next(
+        one
+        for one in rendered(LOCAL_SIM, options(name=f"cut-{'a' * 49}", kind="raycluster"))
+        if one["metadata"]["name"].endswith("-deploy")
+    )
+    (_, token) = deploy["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert token["valueFrom"]["secretKeyRef"]["name"] == f"r{'a' * 49}", "KubeRay names the token's Secret so"
     assert "takes 53 for a RayCluster" in said(LOCAL_SIM, options(name="a" * 54, kind="raycluster"))
 
 
