@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backends.engine import RankLoad
@@ -129,6 +129,7 @@ actions = st.lists(
 
 
 @given(actions)
+@example([([stored(0, 0, 1)], "send"), ([], "forget"), ([], "send")])
 def test_a_follower_that_says_exact_holds_what_the_rank_holds_whatever_was_lost(
     steps: list[tuple[list[KVEvent], str]],
 ) -> None:
