@@ -15,31 +15,43 @@ if TYPE_CHECKING:
     from dynamo_ray.cli.up import up as up
     from dynamo_ray.cluster.layout import plan as plan
     from dynamo_ray.config import DeploymentConfig as DeploymentConfig
+    from dynamo_ray.routing.policies import register_policy as register_policy
+    from dynamo_ray.routing.policy import Leg as Leg
+    from dynamo_ray.routing.policy import Policy as Policy
+    from dynamo_ray.routing.policy import cheapest as cheapest
     from dynamo_ray.simulator.replay import simulate as simulate
 
 __version__ = "0.1.0"
 _HOMES = {
     "DeploymentConfig": "dynamo_ray.config",
+    "Leg": "dynamo_ray.routing.policy",
     "Pause": "backends.engine",
+    "Policy": "dynamo_ray.routing.policy",
     "Resume": "backends.engine",
     "Sleep": "backends.engine",
     "UpdateWeights": "backends.engine",
     "Wake": "backends.engine",
+    "cheapest": "dynamo_ray.routing.policy",
     "control": "dynamo_ray.cli.control",
     "plan": "dynamo_ray.cluster.layout",
+    "register_policy": "dynamo_ray.routing.policies",
     "simulate": "dynamo_ray.simulator.replay",
     "up": "dynamo_ray.cli.up",
 }
 __all__ = [
     "DeploymentConfig",
+    "Leg",
     "Pause",
+    "Policy",
     "Resume",
     "Sleep",
     "UpdateWeights",
     "Wake",
     "__version__",
+    "cheapest",
     "control",
     "plan",
+    "register_policy",
     "simulate",
     "up",
 ]

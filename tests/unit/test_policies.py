@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import dynamo_ray
 from backends.engine import Role
 from backends.kv_events import BlockStored, KVEventBatch
 from dynamo_ray.config import RouterConfig
@@ -296,3 +298,19 @@ def test_host_and_disk_blocks_count_for_less_and_a_queue_takes_from_the_credit()
     decayed = policies.blocks(leg, overlap_score_credit_decay=1.0)
     assert isinstance(decayed, dict)
     assert decayed["prefill_blocks"][1] == 20 - 2 / 2
+
+
+def test_the_documented_ten_lines_are_a_policy() -> None:
+    """docs/routing.md, "Write your own"."""
+    text = (Path(__file__).parents[2] / "docs" / "routing.md").read_text()
+    source = text.split("# my_policies.py\n")[1].split("```")[0]
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    chooser = workers(policy="round_robin")
+    store(chooser, "w2", 5)
+    load(chooser, "w1", 100, 0)
+    leg = chooser.choose(ask(), None, every(chooser), 0.0).decode.leg
+    leg = replace(leg, coming_blocks=np.array([0.0, 0, 5]))
+    assert namespace["warm_or_idle"](leg, queue_weight=3.0).tolist() == [160, 160 + 300, 160 - 80]
+    assert dynamo_ray.Policy is Policy
+    assert dynamo_ray.register_policy is policies.register_policy
