@@ -287,6 +287,8 @@ class Chooser:
         self.num_legs[holder] += 1
         if leg.computes_prompt and self._silent and self.policy.reads_overlap and self.is_guessed(holder):
             self.guesses.routed(holder, leg.ask.hashes(leg.block_size), now_s)
+        if leg.computes_prompt:
+            self.speeds.booked(picked.uncached_tokens)
         return self.table.book(holder, picked.uncached_tokens, leg.prompt_blocks * leg.block_size)
 
     def _begin(self, computing: Pick, booking: Booking) -> list[int] | None:

@@ -16,9 +16,13 @@ from backends.engine import Role
 from dynamo_ray.config import SloConfig
 from dynamo_ray.routing.policy import Floats, Leg, Places
 
-WORK_WEIGHT = 1.0
-"""Seconds that later requests wait, for each second that this one computes: what makes a cached prefix worth more than
-it saves this request, and keeps one prefix on few ranks, since every copy pushes out another."""
+WORK_WEIGHT = 3.0
+"""Seconds that later requests lose for each second that this one computes, while no queue has built up: what makes a
+cached prefix worth more than it saves this request, and keeps it on few ranks, since every copy pushes out another."""
+QUEUE_WEIGHT = 1.0
+"""The same for each request that waits even on the emptiest rank: under overload, what is saved is saved for all."""
+MOST_WORK_WEIGHT = 8.0
+"""However many wait. More would keep a prefix that everybody wants on the one rank that has it (Dynamo #737)."""
 LOCKSTEP_TOKENS = 8192
 """Prompt tokens a rank computes in one step at most: for so many of the slowest rank's tokens the others wait too
 (SGLang's and vLLM's default chunk on large GPUs)."""
@@ -40,7 +44,7 @@ def latency(leg: Leg, slo: SloConfig) -> Floats:
         costs = coming * (-leg.block_size * uncached_s)
     else:
         per_token_s = leg.speeds.prefill[leg.role].s_per_token
-        uncached_s = (1.0 + WORK_WEIGHT) * per_token_s
+        uncached_s = (1.0 + work_weight(leg)) * per_token_s
         costs = load[0] * per_token_s
         costs += coming * (-leg.block_size * uncached_s)
     same_s = leg.prompt_tokens * uncached_s
@@ -67,7 +71,7 @@ def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
         wait_s = tokens_ahead(leg, own) * (line.s_per_token * slow)
         found["wait_s"] = wait_s
         found["compute_s"] = compute_s
-        found["work_s"] = WORK_WEIGHT * compute_s
+        found["work_s"] = work_weight(leg) * compute_s
         if slo.ttft_s is not None:
             late_s = np.maximum(wait_s + compute_s - (slo.ttft_s - line.overhead_s), 0.0)
             found["late_s"] = LATE_WEIGHT * late_s
@@ -83,6 +87,13 @@ def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
     if leg.role is Role.DECODE:
         found["handoff_s"] = leg.uncached_tokens * leg.speeds.link.s_per_token
     return found
+
+
+def work_weight(leg: Leg) -> float:
+    """What a second of computing costs others, in seconds."""
+    queued = leg.queued_tokens
+    least = queued.item(queued.argmin())
+    return min(WORK_WEIGHT + QUEUE_WEIGHT * least / leg.speeds.uncached_tokens, MOST_WORK_WEIGHT)
 
 
 def num_answer_tokens(leg: Leg) -> float:

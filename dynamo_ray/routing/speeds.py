@@ -28,6 +28,7 @@ LINK = (0.005, 1 / 500_000, 4096.0)
 STEP = (0.015, 1 / 50_000_000, 100_000.0)
 """Assumed (overhead in s, s per token, tokens at which that is meant): an H100's, for a model that fills it."""
 ANSWER_TOKENS = 128.0
+UNCACHED_TOKENS = 2048.0
 
 
 class Line:
@@ -90,6 +91,8 @@ class Speeds:
         """Tokens: the load of the group's slowest rank. Seconds: between two tokens of a request."""
         self.answer_tokens = ANSWER_TOKENS
         """Mean length of answers."""
+        self.uncached_tokens = UNCACHED_TOKENS
+        """Mean number of prompt tokens that a request has had computed."""
         self._slowness: NDArray[np.float64] = np.ones(0)
         self._groups: dict[str, NDArray[np.intp]] = {}
         self._links: dict[tuple[str, str], float] = {}
@@ -125,6 +128,10 @@ class Speeds:
             return 1.0
         slowness = self._slowness.take(columns)
         return np.where((slowness > NOISE) | (slowness < 1 / NOISE), slowness, 1.0)
+
+    def booked(self, uncached_tokens: int) -> None:
+        """A prompt was sent to be computed."""
+        self.uncached_tokens += BLEND * (uncached_tokens - self.uncached_tokens)
 
     def prefilled(self, role: Role, group: str, tokens: float, seconds: float) -> None:
         """A prompt was computed so long after it was sent."""

@@ -73,10 +73,20 @@ def test_a_prefix_is_worth_the_queue_that_its_computing_would_take() -> None:
     chooser = aggregated(2)
     store(chooser, "w1", 40)
     saved = (1 + latency.WORK_WEIGHT) * len(PROMPT)
+    assert latency.work_weight(choose(chooser).decode.leg) == latency.WORK_WEIGHT
     queue(chooser, "w1", 0.9 * saved)
     assert choose(chooser).decode.holder.worker == "w1"
     queue(chooser, "w1", 0.2 * saved)
     assert choose(chooser).decode.holder.worker == "w0"
+
+
+def test_under_overload_a_prefix_is_worth_more_but_never_all() -> None:
+    chooser, weights = aggregated(2), []
+    for _ in range(4):
+        queue(chooser, "w0", 4000)
+        queue(chooser, "w1", 4000)
+        weights.append(latency.work_weight(choose(chooser).decode.leg))
+    assert latency.WORK_WEIGHT < weights[0] < weights[1] < weights[3] == latency.MOST_WORK_WEIGHT
 
 
 def test_a_ttft_to_keep_makes_a_long_queue_dearer_than_its_prefix_is_worth() -> None:
