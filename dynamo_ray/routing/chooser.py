@@ -135,6 +135,7 @@ class Booked:
             itl_s = (now_s - self._first_s) / (generated_tokens - 1)
             self._chooser.speeds.stepped(role, self._groups[1], self.predicted.step_tokens, itl_s, generated_tokens)
         self._settle(None)
+        self._chooser.table.generated(self._decode, generated_tokens)
         self._chooser.table.free(self._decode)
 
     def _learn_prefill(self, seconds: float) -> None:
@@ -337,13 +338,16 @@ class Chooser:
     def _leg(self, role: Role, ask: Ask, mask: int, found: tuple[Overlap, Runs]) -> Leg:
         pool = self._pool(mask)
         load = self.table.values.take(pool.columns, axis=1)
+        recent = self.table.recent_tokens.take(pool.columns)
         held, coming_runs = found
         device = pool.depths(held.device)
         host = np.maximum(device, pool.depths(held.host)) if held.host else device
         disk = np.maximum(host, pool.depths(held.disk)) if held.disk else host
         coming = np.maximum(device, pool.depths(coming_runs)) if coming_runs else device
         size, turn = self._block_size(pool), self._turns[role]
-        return Leg(role, ask, size, turn, pool, len(ask.token_ids), load, device, host, disk, coming, self.speeds)
+        return Leg(
+            role, ask, size, turn, pool, len(ask.token_ids), load, recent, device, host, disk, coming, self.speeds
+        )
 
     def _overlap(self, ask: Ask, pool: Pool, mask: int, now_s: float) -> tuple[Overlap, Runs]:
         """What the ranks of the mask hold of the prompt, and what they are computing of it."""

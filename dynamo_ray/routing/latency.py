@@ -23,6 +23,9 @@ QUEUE_WEIGHT = 1.0
 """The same for each request that waits even on the emptiest rank: under overload, what is saved is saved for all."""
 MOST_WORK_WEIGHT = 8.0
 """However many wait. More would keep a prefix that everybody wants on the one rank that has it (Dynamo #737)."""
+SHARE_WEIGHT = 0.02
+"""Of a token that was given lately, beside one that is queued: ranks that are as soon ready share the work, and the
+cache, over minutes as well."""
 LOCKSTEP_TOKENS = 8192
 """Prompt tokens a rank computes in one step at most: for so many of the slowest rank's tokens the others wait too
 (SGLang's and vLLM's default chunk on large GPUs)."""
@@ -47,6 +50,7 @@ def latency(leg: Leg, slo: SloConfig) -> Floats:
         uncached_s = (1.0 + work_weight(leg)) * per_token_s
         costs = load[0] * per_token_s
         costs += coming * (-leg.block_size * uncached_s)
+        costs += leg.recent_tokens * (SHARE_WEIGHT * per_token_s)
     same_s = leg.prompt_tokens * uncached_s
     if leg.role is not Role.PREFILL:
         answer_s = num_answer_tokens(leg) * leg.speeds.step[leg.role].s_per_token
@@ -72,6 +76,7 @@ def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
         found["wait_s"] = wait_s
         found["compute_s"] = compute_s
         found["work_s"] = work_weight(leg) * compute_s
+        found["share_s"] = (SHARE_WEIGHT * line.s_per_token) * leg.recent_tokens
         if slo.ttft_s is not None:
             late_s = np.maximum(wait_s + compute_s - (slo.ttft_s - line.overhead_s), 0.0)
             found["late_s"] = LATE_WEIGHT * late_s

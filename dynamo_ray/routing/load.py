@@ -15,6 +15,9 @@ from dynamo_ray.routing.ranks import Holder, Ranks
 UNBOOKED_PROMPT_TOKENS = 1024
 """Taken for a waiting request that no ingress has told of: engines report how many wait, not how long they are."""
 
+RECENT_REQUESTS = 32
+"""Per rank: after so many bookings a rank, what was given before counts three quarters."""
+
 Floats = NDArray[np.float64]
 
 
@@ -86,6 +89,9 @@ class LoadTable:
         self._num_bookings = 0
         self.values: Floats = np.zeros((3, 0))
         """Row by row: queued_tokens, num_requests, kv_tokens. To read only."""
+        self.recent_tokens: Floats = np.zeros(0)
+        """What this ingress gave each rank to compute and had it generate lately, done or not. To read only."""
+        self._until_faded = RECENT_REQUESTS
 
     @property
     def num_bookings(self) -> int:
@@ -100,7 +106,11 @@ class LoadTable:
             wider = np.zeros((3, max(64, 2 * column)))
             wider[:, : self.values.shape[1]] = self.values
             self.values = wider
+            self.recent_tokens = np.append(self.recent_tokens, np.zeros(wider.shape[1] - len(self.recent_tokens)))
         if self._rows[column] is None:
+            alike = [self.recent_tokens[c] for c, other in enumerate(self._rows) if other and other.role is role]
+            # As if it had been there: it must not be given everything now.
+            self.recent_tokens[column] = sum(alike) / max(1, len(alike))
             row = self._rows[column] = _Rank(role, block_size)
             for replica in self._peers.values():
                 self._add(row.peers, replica.get(holder, NOTHING))
@@ -119,6 +129,7 @@ class LoadTable:
             replica.pop(holder, None)
         self._rows[column] = None
         self.values[:, column] = 0.0
+        self.recent_tokens[column] = 0.0
         self._changed.discard(column)
 
     def report(self, holder: Holder, load: RankLoad) -> None:
@@ -155,7 +166,17 @@ class LoadTable:
         row.open.add(booking)
         self._num_bookings += 1
         self._change(column, row, queued_tokens, 1, kv_tokens)
+        self.recent_tokens[column] += queued_tokens
+        self._until_faded -= 1
+        if not self._until_faded:
+            self.recent_tokens *= 0.75
+            self._until_faded = RECENT_REQUESTS * len(self._rows)
         return booking
+
+    def generated(self, booking: Booking, tokens: int) -> None:
+        """The leg's rank has generated so many tokens."""
+        if booking.column is not None:
+            self.recent_tokens[booking.column] += tokens
 
     def prefilled(self, booking: Booking) -> None:
         """The leg's prompt is computed; its KV is still held."""

@@ -135,6 +135,8 @@ class Leg:
     prompt_tokens: int
     load: Floats
     """As `LoadTable.values`: queued_tokens, num_requests and kv_tokens are its rows."""
+    recent_tokens: Floats
+    """Tokens that each was lately given to compute and to generate, done or not."""
     device_blocks: Floats
     """Leading prompt blocks each holds where its engine can use them at once."""
     host_blocks: Floats
