@@ -203,8 +203,8 @@ async def _closed(client: Client) -> None:
     with contextlib.suppress(Exception):
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await client.close()
-            return
-    # To a server that hangs nats-py 2.16 waits for what is unsent before it ends anything else.
+    # nats-py 2.16 sends what is unsent before it ends anything else: it waits if the server hangs, and gives up the
+    # rest if the socket is broken.
     for subscription in list(client._subs.values()):
         subscription._stop_processing()
     if client._transport is not None:
