@@ -27,6 +27,10 @@ CACHE_MARGIN = 1.25
 CACHE_STEP_GIB = 50
 
 
+IMAGE_GROUP = 1000
+"""Of the user in configs/docker/Dockerfile."""
+
+
 def download_command(source: str, folder: str) -> list[str]:
     """What brings a model's files into a folder and verifies them; run again, it goes on where it ended."""
     return ["dynamo-ray", "download", source, folder]
@@ -72,8 +76,11 @@ def _download(options: Options, name: str, source: str, folder: str, root: str, 
         token = {"secretKeyRef": {"name": options.hf_secret, "key": "token"}}
         container["env"] = [{"name": "HF_TOKEN", "valueFrom": token}]
     volume = {"name": pods.CACHE_VOLUME, "persistentVolumeClaim": {"claimName": claim}}
+    task = _task(container, [volume])
+    # A fresh volume belongs to root, and the image's user is another one.
+    task["spec"]["securityContext"] = {"fsGroup": IMAGE_GROUP, "fsGroupChangePolicy": "OnRootMismatch"}
     # It resumes, so that another try costs only what was lost.
-    return _object(options, "batch/v1", "Job", name, {"backoffLimit": 10, "template": _task(container, [volume])})
+    return _object(options, "batch/v1", "Job", name, {"backoffLimit": 10, "template": task})
 
 
 def nats(options: Options) -> list[Object]:
