@@ -118,7 +118,7 @@ def test_a_catalog_that_does_not_match_its_folder_is_told_all_of_it(tmp_path: Pa
     text = good.path.read_text()
     (tmp_path / "good.yaml").write_text(text)
     (tmp_path / "orphan.yaml").write_text(text)
-    (tmp_path / "wrong.yaml").write_text(text.replace("policy: blocks", "policy: guess"))
+    (tmp_path / "wrong.yaml").write_text(text.replace("policy: latency", "policy: guess"))
     entry = {"title": "t", "size": "small", "traffic": {"prompt_tokens": 1, "answer_tokens": 1}, "source": "s"}
     entries = [{"file": file, **entry} for file in ("good.yaml", "wrong.yaml", "missing.yaml", "good.yaml")]
     entries += [{"file": "sized.yaml", **entry, "size": "huge"}, {"file": "keyed.yaml", **entry, "run": []}]
@@ -162,7 +162,7 @@ def test_the_listing_is_a_table_json_or_written_between_markers(
     listing.show(None, as_json=True, markdown=False, into=None)
     listed = json.loads(capsys.readouterr().out)
     wide = next(entry for entry in listed if entry["name"] == "deepseek-r1-wideep")
-    assert (wide["num_gpus"], wide["backend"], wide["policy"]) == (104, "sglang", "blocks")
+    assert (wide["num_gpus"], wide["backend"], wide["policy"]) == (104, "sglang", "latency")
     listing.show(None, as_json=False, markdown=False, into=None)
     assert "deepseek-r1-wideep" in capsys.readouterr().out
     readme = tmp_path / "README.md"
