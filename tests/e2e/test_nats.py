@@ -25,6 +25,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     document = yaml.safe_load((ROOT / "configs/local-sim.yaml").read_text())
     application = document["applications"][0]
     application["args"]["events"] = "nats"
+    application["args"]["decode"]["replicas"] = 1  # prefill is where prefixes are looked for
     application["deployments"][0]["num_replicas"] = 2
     config = folder / "local-nats.yaml"
     config.write_text(yaml.safe_dump(document))
