@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from backends.engine import HandoffStyle, RankLoad, Role
+from backends.engine import RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import RouterConfig
 from dynamo_ray.routing.approximate import RoutedPrefixes
+from dynamo_ray.routing.booked import Booked
 from dynamo_ray.routing.choice import Choice, Pick
 from dynamo_ray.routing.explanation import Explanation, explain
+from dynamo_ray.routing.facts import WorkerFacts
 from dynamo_ray.routing.kv_index import KVIndex, Overlap, Runs
 from dynamo_ray.routing.load import Booking, LoadTable
 from dynamo_ray.routing.pending import PendingPrefixes
@@ -33,127 +34,6 @@ EVENT_GRACE_S = 0.25
 """A prefix that was being computed counts for so long after it is, until the engine's own event tells of it."""
 FALLBACK = Policy(lambda leg: leg.num_requests, reads_overlap=False)
 NOWHERE = Overlap([], [], [])
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFacts:
-    """What the router has to know of a worker; never changes until it stops."""
-
-    name: str
-    epoch: int
-    role: Role
-    attn_dp_size: int
-    """Its ranks are 0 to this."""
-    block_size: int
-    kv_total_blocks: int
-    """Per rank."""
-    lockstep_group: str = ""
-    """Ranks of one group step together: all those of one engine, whatever endpoints serve them. Empty: `name`."""
-    handoff: HandoffStyle = "none"
-    caches_prefixes: bool = True
-    tells_events: bool = True
-    """It publishes KV events and we listen; else what it caches is guessed from what was sent there."""
-
-    @property
-    def holders(self) -> list[Holder]:
-        return [Holder(self.name, self.epoch, rank) for rank in range(self.attn_dp_size)]
-
-    @property
-    def group(self) -> str:
-        return self.lockstep_group or self.name
-
-
-class Booked:
-    """A choice that counts, until `free`. Every method may be called again, and after `free`, to no effect.
-
-    What it took teaches `Speeds`: call each method when it happens.
-    """
-
-    __slots__ = (
-        "_booked_s",
-        "_chooser",
-        "_coming",
-        "_decode",
-        "_done_s",
-        "_first_s",
-        "_groups",
-        "_prefill",
-        "choice",
-        "predicted",
-    )
-
-    def __init__(
-        self, chooser: Chooser, choice: Choice, prefill: Booking | None, decode: Booking, now_s: float
-    ) -> None:
-        self.choice = choice
-        """Until the first token: it holds arrays over all candidates."""
-        self.predicted = choice.predict()
-        """Its ttft_s and itl_s are what to hold the observed ones against."""
-        self._chooser = chooser
-        self._prefill, self._decode = prefill, decode
-        self._booked_s = now_s
-        self._done_s: float | None = None
-        self._first_s: float | None = None
-        self._coming = chooser._begin(choice.prefill or choice.decode, prefill or decode)
-        """Prompt blocks whose computing others may count on."""
-        first = choice.prefill
-        self._groups = ("" if first is None else first.group, choice.decode.group)
-
-    @property
-    def _computing(self) -> Booking:
-        return self._prefill or self._decode
-
-    def prefill_done(self, now_s: float) -> None:
-        """The prefill rank is free of this prompt, though its KV may still wait there."""
-        if self._done_s is None and self._computing.column is not None:
-            self._done_s = now_s
-            if self._prefill is not None:
-                self._learn_prefill(now_s - self._booked_s)
-            self._settle(now_s)
-
-    def first_token(self, now_s: float) -> None:
-        """Nothing of the prompt is left to compute."""
-        if self._first_s is not None or self._decode.column is None:
-            return
-        self._first_s = now_s
-        speeds, predicted = self._chooser.speeds, self.predicted
-        if self._done_s is not None and self._prefill is not None:
-            taken_s = now_s - self._done_s - predicted.itl_s
-            speeds.handed_over(self._groups, predicted.moved_tokens, taken_s)
-        elif self._prefill is not None:
-            self._learn_prefill(now_s - self._booked_s - speeds.link(predicted.moved_tokens) - predicted.itl_s)
-        else:
-            self._learn_prefill(now_s - self._booked_s)
-        self._settle(now_s)
-        self._chooser.table.prefilled(self._decode)
-        del self.choice
-
-    def free(self, now_s: float, generated_tokens: int = 0) -> None:
-        """Count it out. `generated_tokens`: how many came, of a request that ended well; 0 teaches nothing."""
-        if self._first_s is not None and self._decode.column is not None and generated_tokens >= MIN_ANSWER_TOKENS:
-            role = Role.AGGREGATED if self._prefill is None else Role.DECODE
-            itl_s = (now_s - self._first_s) / (generated_tokens - 1)
-            self._chooser.speeds.stepped(role, self._groups[1], self.predicted.step_tokens, itl_s, generated_tokens)
-        self._settle(None)
-        self._chooser.table.generated(self._decode, generated_tokens)
-        self._chooser.table.free(self._decode)
-
-    def _learn_prefill(self, seconds: float) -> None:
-        role, group = (Role.AGGREGATED, 1) if self._prefill is None else (Role.PREFILL, 0)
-        if seconds > 0:
-            self._chooser.speeds.prefilled(role, self._groups[group], self.predicted.prefill_tokens, seconds)
-
-    def _settle(self, now_s: float | None) -> None:
-        """The prompt is computed (None: will not be): others count on it no longer, its rank is rid of it."""
-        coming, self._coming = self._coming, None
-        if coming:
-            self._chooser._end(self._computing.column, coming, now_s)
-        if self._prefill is not None:
-            self._chooser.table.free(self._prefill)
-
-
-MIN_ANSWER_TOKENS = 8
-"""Shorter answers tell little of the time between two tokens."""
 
 
 class Chooser:
@@ -292,8 +172,8 @@ class Chooser:
             self.speeds.booked(picked.uncached_tokens)
         return self.table.book(holder, picked.uncached_tokens, leg.prompt_blocks * leg.block_size)
 
-    def _begin(self, computing: Pick, booking: Booking) -> list[int] | None:
-        """Let others count on what this one will compute."""
+    def begin(self, computing: Pick, booking: Booking) -> list[int] | None:
+        """Let others count on what this one will compute; `Booked` gives the answer back to `end`."""
         leg, column = computing.leg, booking.column
         if column is None or not self.policy.reads_coming or not self.policy.reads_overlap:
             return None
@@ -301,7 +181,8 @@ class Chooser:
             return None
         return self.pending.add(column, leg.ask.hashes(leg.block_size), computing.overlap_blocks)
 
-    def _end(self, column: int | None, blocks: Sequence[int], now_s: float | None) -> None:
+    def end(self, column: int | None, blocks: Sequence[int], now_s: float | None) -> None:
+        """What `begin` gave is computed since `now_s`, or (None) will not be."""
         if column is None:
             return
         if now_s is None:
