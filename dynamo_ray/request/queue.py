@@ -80,9 +80,10 @@ class Line(Generic[T]):
         self._pace_s = gap_s if self._pace_s is None else self._pace_s + PACE_WEIGHT * (gap_s - self._pace_s)
         self.leave(place)
 
-    def last_behind(self, priority: int) -> T | None:
+    def last_behind(self, priority: int) -> tuple[_Place, T] | None:
         """The last of all, if its priority is lower than that."""
-        return self._items[self._places[-1]] if self._places and -self._places[-1].before < priority else None
+        last = self._places[-1] if self._places else None
+        return (last, self._items[last]) if last is not None and -last.before < priority else None
 
     def predicted_wait_s(self, ticket: Ticket) -> float | None:
         """For one that would join now, by the pace of those before it; None before anybody went."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from dynamo_ray.config import QueueConfig
-from dynamo_ray.errors import NotReady, Overloaded, RequestError
+from dynamo_ray.errors import NotReady, Overloaded
 from dynamo_ray.request.queue import Line, Ticket
 from dynamo_ray.telemetry import Reading
 
@@ -90,7 +90,7 @@ class WaitingRoom(Generic[T]):
         began_s = loop.time()
         at = ticket()
         if not again:
-            self._refuse_too_long(at, deadline_s - began_s)
+            self._admit(at, deadline_s - began_s)
         waiter: _Waiter[T] = _Waiter(go, loop.create_future(), again)
         place = self._line.join(at, waiter, began_s)
         self.num_waited += 1
@@ -129,7 +129,7 @@ class WaitingRoom(Generic[T]):
                 taken = waiter.go(kept)
             except NotReady:
                 stuck += 1  # its workers may come back
-            except RequestError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends this request, and nobody behind it
                 self._line.leave(place)
                 waiter.came.set_exception(error)
             else:
@@ -150,21 +150,25 @@ class WaitingRoom(Generic[T]):
             self._give_back(came.result())
         self.wake()
 
-    def _refuse_too_long(self, ticket: Ticket, remaining_s: float) -> None:
+    def _admit(self, ticket: Ticket, remaining_s: float) -> None:
+        """Make room in the line for a newcomer, or refuse it."""
         wait_s = self._line.predicted_wait_s(ticket)
         retry_after_s = max(RETRY_AFTER_S, wait_s or 0.0)
-        if self._line.full:
-            self.num_refused += 1
-            full = Overloaded(
-                f"every rank is busy, and {len(self._line)} requests wait already", retry_after_s=retry_after_s
-            )
-            last = self._line.last_behind(ticket.priority)
-            if last is None or last.again or last.came.done():
-                raise full
-            last.came.set_exception(full)
         if wait_s is not None and wait_s > remaining_s:
             self.num_refused += 1
             raise Overloaded(
                 f"every rank is busy, and the wait of about {wait_s:.1f} s goes beyond this request's deadline",
                 retry_after_s=retry_after_s,
             )
+        if self._line.full:
+            self.num_refused += 1
+            full = Overloaded(
+                f"every rank is busy, and {len(self._line)} requests wait already", retry_after_s=retry_after_s
+            )
+            last = self._line.last_behind(ticket.priority)
+            if last is None or last[1].again:
+                raise full
+            place, waiter = last
+            self._line.leave(place)
+            if not waiter.came.done():  # else it is leaving by itself
+                waiter.came.set_exception(full)

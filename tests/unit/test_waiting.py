@@ -181,6 +181,28 @@ def test_a_full_line_refuses_its_last_for_a_greater_priority() -> None:
     clock.run(main())
 
 
+def test_a_burst_of_greater_priority_takes_as_many_places_and_who_cannot_wait_takes_none() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0, max_waiting=2)
+        low = [ranks.enter(), ranks.enter()]
+        await asyncio.sleep(4.0)
+        ranks.release(1)  # the pace is known from now on
+        low.append(ranks.enter())
+        await turn()
+        with pytest.raises(Overloaded, match="deadline"):
+            await ranks.enter(priority=1, timeout_s=1.0)
+        assert [task.done() for task in low] == [True, False, False]
+        urgent = [ranks.enter(priority=1), ranks.enter(priority=1)]
+        await turn()
+        assert all(isinstance(task.exception(), Overloaded) for task in low[1:])
+        assert not any(task.done() for task in urgent)
+        assert len(ranks.room) == 2
+        for task in urgent:
+            task.cancel()
+
+    clock.run(main())
+
+
 def test_the_deadline_ends_the_wait() -> None:
     async def main() -> None:
         ranks = Ranks(free=0)
@@ -213,5 +235,25 @@ def test_workers_that_are_gone_are_waited_for_and_other_errors_end_only_their_ow
         await turn()
         assert waiting.result() == 1
         assert isinstance(refused.exception(), InvalidRequest)
+
+    clock.run(main())
+
+
+def test_a_defect_ends_the_request_that_meets_it_and_holds_up_nobody_behind() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0)
+
+        def broken(kept: int) -> int | Busy:
+            if ranks.free:
+                raise KeyError("defect")
+            return Busy(1)
+
+        ends = asyncio.create_task(ranks.room.enter(broken, lambda: Ticket(1, 0, 0.0), 60.0))
+        behind = ranks.enter()
+        await turn()
+        ranks.release(1)
+        await turn()
+        assert isinstance(ends.exception(), KeyError)
+        assert behind.result() == 1
 
     clock.run(main())
