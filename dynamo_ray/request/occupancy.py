@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from backends.engine import RankLoad
 from dynamo_ray.routing.chooser import WorkerFacts
 from dynamo_ray.routing.load import LoadTable
-from dynamo_ray.routing.ranks import Ranks
+from dynamo_ray.routing.ranks import Holder, Ranks
 
 
 class Occupancy:
@@ -22,6 +23,8 @@ class Occupancy:
         self._ranks, self._table = ranks, table
         self._max_requests, self._max_worker_requests = max_requests, max_worker_requests
         self._kv_tokens = np.zeros(0)
+        self._said_kv_tokens = np.zeros(0)
+        """What each last said that it holds, -inf: nothing; inf: requests wait in it, or it has said nothing yet."""
         self._worker = np.zeros(0, dtype=np.intp)
         """The first column of each column's worker."""
 
@@ -30,31 +33,31 @@ class Occupancy:
         width = self._table.values.shape[1]
         known = len(self._kv_tokens)
         self._kv_tokens = np.append(self._kv_tokens, np.full(width - known, np.inf))
+        self._said_kv_tokens = np.append(self._said_kv_tokens, np.full(width - known, np.inf))
         self._worker = np.append(self._worker, np.arange(known, width))
         columns = [column for column in map(self._ranks.column, facts.holders) if column is not None]
         self._kv_tokens[columns] = facts.kv_total_blocks * facts.block_size
+        self._said_kv_tokens[columns] = np.inf
         self._worker[columns] = columns[0]
+
+    def heard(self, holder: Holder, load: RankLoad) -> None:
+        """Take what a rank says of itself; of a rank that is not known it is dropped."""
+        column = self._ranks.column(holder)
+        if column is None:
+            return
+        if load.num_waiting:
+            self._said_kv_tokens[column] = np.inf
+        elif load.kv_used_blocks and load.kv_total_blocks:
+            self._said_kv_tokens[column] = load.kv_used_blocks * (self._kv_tokens[column] / load.kv_total_blocks)
+        else:
+            self._said_kv_tokens[column] = -np.inf
 
     def busy(self, prompt_tokens: int) -> int:
         """The mask of the ranks that are, for a request of that size."""
         _, requests, kv = self._table.values
-        over = (kv + prompt_tokens > self._kv_tokens) & (requests > 0)
-        mask = self._confirmed(over, prompt_tokens) if over.any() else 0
+        room = self._kv_tokens - prompt_tokens
+        busy = (kv > room) & (requests > 0) & (self._said_kv_tokens > room)
         if requests.sum() >= min(self._max_requests, self._max_worker_requests):
             by_worker = np.bincount(self._worker, requests, len(requests))[self._worker]
-            full = (requests >= self._max_requests) | (by_worker >= self._max_worker_requests)
-            mask |= int.from_bytes(np.packbits(full, bitorder="little").tobytes(), "little")
-        return mask
-
-    def _confirmed(self, over: np.ndarray[tuple[int], np.dtype[np.bool_]], prompt_tokens: int) -> int:
-        mask = 0
-        for column in np.flatnonzero(over).tolist():
-            holder = self._ranks.holder(column)
-            said = None if holder is None else self._table.load(holder).reported
-            if said is None or said.num_waiting:
-                mask |= 1 << column
-            elif said.kv_used_blocks and said.kv_total_blocks:
-                block_tokens = self._kv_tokens[column] / said.kv_total_blocks
-                if said.kv_used_blocks * block_tokens + prompt_tokens > self._kv_tokens[column]:
-                    mask |= 1 << column
-        return mask
+            busy |= (requests >= self._max_requests) | (by_worker >= self._max_worker_requests)
+        return int.from_bytes(np.packbits(busy, bitorder="little").tobytes(), "little")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from msgspec.structs import replace
 from opentelemetry.trace import get_current_span
@@ -63,16 +63,20 @@ class Placement:
     """In words, for who asked."""
     booked_s: float
     tally: Tally
+    rank_free: Callable[[], None]
+    """Called when the prefill rank is: others may wait for it."""
 
     def prefill_done(self) -> None:
         """The prefill rank is free of this prompt, though its KV may still wait there."""
         self.booked.prefill_done(_now_s())
+        self.rank_free()
 
     def first_token(self) -> None:
         """Nothing of the prompt is left to compute."""
         now_s = _now_s()
         self.tally.observed(self.booked.predicted.ttft_s, now_s - self.booked_s)
         self.booked.first_token(now_s)
+        self.rank_free()
 
     def free(self, generated_tokens: int = 0) -> None:
         self.booked.free(_now_s(), generated_tokens)
@@ -121,8 +125,7 @@ class Router:
 
     def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
         for load in loads:
-            self.chooser.heard(Holder(info.worker, info.epoch, load.dp_rank), load)
-        self.room.wake()
+            self.load(Holder(info.worker, info.epoch, load.dp_rank), load)
 
     def flushed(self, info: WorkerInfo) -> None:
         """A command has emptied its caches: nothing that was sent there before is found there again."""
@@ -140,6 +143,7 @@ class Router:
 
     def load(self, holder: Holder, load: RankLoad) -> None:
         self.chooser.heard(holder, load)
+        self._occupancy.heard(holder, load)
         self.room.wake()
 
     def retried(self, failure: LegFailed) -> None:
@@ -158,13 +162,14 @@ class Router:
         """
         began_s, span, told = _now_s(), get_current_span(), attempt.request.told
         ask = self._ask(attempt)
-        go = partial(self._go, attempt, ask, told is not None or span.is_recording())
+        short = cache(lambda: self._alone(ask, self._candidates(attempt)[1]) is not None)  # once, however long it waits
+        go = partial(self._go, attempt, ask, told is not None or span.is_recording(), short)
         ticket = partial(self._ticket, attempt, ask)
         try:
             placement = await self.room.enter(go, ticket, attempt.deadline_s, again=attempt.number > 0)
         except TimeoutError:
             raise attempt.deadline_error() from None
-        generated_tokens = 0
+        generated_tokens, before = 0, len(attempt.delivered) - attempt.skip
         try:
             if placement.route is not None:
                 route = replace(placement.route, waited_s=round(placement.booked_s - began_s, 6))
@@ -172,7 +177,7 @@ class Router:
                 if told is not None:
                     told(route)
             yield placement
-            generated_tokens = len(attempt.delivered)
+            generated_tokens = len(attempt.delivered) - before
         finally:
             placement.free(generated_tokens)
             self.room.wake()
@@ -182,22 +187,29 @@ class Router:
         choice = self._choose(self._ask(attempt), *self._candidates(attempt))
         return self.chooser.explain(choice)
 
-    def _go(self, attempt: Attempt, ask: Ask, in_words: bool, kept: int) -> Placement | Busy:
+    def _go(
+        self, attempt: Attempt, ask: Ask, in_words: bool, short: Callable[[], bool], kept: int
+    ) -> Placement | Busy:
         prefill, decode = self._candidates(attempt)
         busy = kept | self._occupancy.busy(len(ask.token_ids)) if self._held else kept
-        if busy:
-            stuck = prefill if prefill and not prefill & ~busy else 0
-            stuck |= decode if not decode & ~busy else 0
-            if stuck:
-                return Busy(stuck, everyone=self._nobody_else(stuck))
-            prefill, decode = prefill & ~busy, decode & ~busy
-        choice = self._choose(ask, prefill, decode)
-        now_s = _now_s()
-        booked = self.chooser.book(choice, now_s)
-        self.tally.took(choice)
-        route = brief(self._config.router.policy, choice) if in_words else None
+        free, free_decode = prefill & ~busy, decode & ~busy
+        choice = None
+        if free_decode and (free or not prefill):
+            choice = self._choose(ask, free, free_decode)
+        elif free_decode and short():
+            choice = self._alone(ask, free_decode)
+        if choice is None:
+            stuck = (0 if free else prefill) | (0 if free_decode else decode)
+            return Busy(stuck, everyone=self._nobody_else(stuck))
+        return self._book(choice, in_words)
+
+    def _book(self, choice: Choice, in_words: bool) -> Placement:
         first = None if choice.prefill is None else self._target(choice.prefill)
-        return Placement(first, self._target(choice.decode), booked, route, now_s, self.tally)
+        decode, now_s = self._target(choice.decode), _now_s()
+        route = brief(self._config.router.policy, choice) if in_words else None
+        booked = self.chooser.book(choice, now_s)  # last: whatever fails before has booked nothing
+        self.tally.took(choice)
+        return Placement(first, decode, booked, route, now_s, self.tally, self.room.wake)
 
     def _nobody_else(self, stuck: int) -> bool:
         """Whether a whole role is stuck which every request needs."""
@@ -207,12 +219,16 @@ class Router:
 
     def _choose(self, ask: Ask, prefill: int, decode: int) -> Choice:
         """Among those masks; prefill is 0 where workers do both."""
-        alone = self._config.router.prefill_on_decode
-        if prefill and alone is not None:
-            local = self.chooser.choose(ask, None, decode, _now_s())
-            if local.decode.uncached_tokens <= alone.max_uncached_tokens:
-                return local
-        return self.chooser.choose(ask, prefill or None, decode, _now_s())
+        alone = self._alone(ask, decode) if prefill else None
+        return alone or self.chooser.choose(ask, prefill or None, decode, _now_s())
+
+    def _alone(self, ask: Ask, decode: int) -> Choice | None:
+        """On a decode rank that computes the prompt itself, where there is as little of it as is allowed."""
+        limit = self._config.router.prefill_on_decode
+        if limit is None:
+            return None
+        choice = self.chooser.choose(ask, None, decode, _now_s())
+        return choice if choice.decode.uncached_tokens <= limit.max_uncached_tokens else None
 
     def _candidates(self, attempt: Attempt) -> tuple[int, int]:
         """Masks of the prefill ranks, 0 where workers do both, and of the others."""

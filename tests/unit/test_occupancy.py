@@ -32,6 +32,10 @@ class Known:
         for _ in range(count):
             self.table.book(Holder(worker, 1, rank), 0, kv_tokens)
 
+    def heard(self, worker: str, rank: int, load: RankLoad) -> None:
+        self.table.report(Holder(worker, 1, rank), load)
+        self.occupancy.heard(Holder(worker, 1, rank), load)
+
     def busy(self, prompt_tokens: int = 1) -> set[int]:
         mask = self.occupancy.busy(prompt_tokens)
         return {column for column in range(mask.bit_length()) if mask >> column & 1}
@@ -57,10 +61,10 @@ def test_booked_kv_makes_a_rank_busy_only_if_it_says_so_too() -> None:
     known = Known()
     known.book("a", 0, 2, kv_tokens=100)
     assert known.busy() == {0}, "nothing was heard of it yet"
-    known.table.report(Holder("a", 1, 0), RankLoad(0, 2, 0, 7, BLOCKS))
+    known.heard("a", 0, RankLoad(0, 2, 0, 7, BLOCKS))
     assert known.busy(prompt_tokens=48) == set()
     assert known.busy(prompt_tokens=49) == {0}
-    known.table.report(Holder("a", 1, 0), RankLoad(0, 1, 1, 7, BLOCKS))
+    known.heard("a", 0, RankLoad(0, 1, 1, 7, BLOCKS))
     assert known.busy(prompt_tokens=1) == {0}, "requests wait in it"
 
 

@@ -18,6 +18,7 @@ from dynamo_ray.errors import DeadlineExceeded, Overloaded, RequestError
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.tally import Tally
 from dynamo_ray.routing.explanation import Route
+from dynamo_ray.routing.ranks import Holder
 from dynamo_ray.simulator import clock
 
 
@@ -156,6 +157,70 @@ def test_a_short_uncached_prompt_is_computed_by_the_decode_worker_to_the_same_to
             assert await collect(made, asked("long", size=200)) == expected[1]
             assert prefill.computed_tokens == 200
             await made.settle()
+
+    clock.run(main())
+
+
+def test_a_short_prompt_does_not_wait_for_prefill_ranks_that_it_does_not_need() -> None:
+    async def main() -> None:
+        async with cluster(router=held(busy_requests=2) | {"prefill_on_decode": {"max_uncached_tokens": 50}}) as made:
+            router = made.dispatch.router
+            prefill = Holder("prefill-0", 1, 0)
+            taken = [router.table.book(prefill, 1000, 0) for _ in range(2)]
+            long = send(made, asked("long", size=200))
+            await asyncio.sleep(0.01)
+            assert len(await collect(made, asked("short", size=50))) == 20
+            assert not long.done()
+            for booking in taken:
+                router.table.free(booking)
+            router.room.wake()
+            await long
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_who_waits_for_a_prefill_rank_has_it_as_soon_as_a_prompt_is_computed() -> None:
+    async def main() -> None:
+        async with cluster(prefill=1, decode=2, router=held(), step_s=0.05) as made:
+            first = send(made, asked("first"))
+            await asyncio.sleep(0.01)
+            waits: list[float] = []
+            second = replace(asked("second", size=101), told=lambda route: waits.append(route.waited_s))
+            await asyncio.gather(first, send(made, second))
+            assert 0 < waits[0] < 0.3, "neither until a heartbeat nor until the first answer's end"
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_defect_between_choosing_and_sending_leaves_nothing_booked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=1) as made:
+            connection = made.dispatch.workers.connection
+            monkeypatch.setattr(made.dispatch.workers, "connection", {}.__getitem__)
+            with pytest.raises(KeyError):
+                await collect(made, asked("r"))
+            assert made.dispatch.router.table.num_bookings == 0
+            monkeypatch.setattr(made.dispatch.workers, "connection", connection)
+            await collect(made, asked("again"))
+
+    clock.run(main())
+
+
+def test_a_try_teaches_only_by_the_tokens_that_it_generated_itself() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, decode=2, step_s=0.05) as made:
+            told: list[Route] = []
+            running = send(made, replace(asked("r"), told=told.append))
+            await asyncio.sleep(0.6)
+            await made.nodes.pop(told[0].decode.worker).kill()
+            made.announce()
+            assert len(await running) == 20
+            (step,) = [line for line in made.dispatch.router.chooser.speeds.step.values() if line.num_samples]
+            assert len(told) == 2
+            assert step.num_samples == 1
+            assert made.dispatch.router.chooser.speeds.answer_tokens == pytest.approx(128 - 0.05 * (128 - 10), abs=0.3)
 
     clock.run(main())
 
