@@ -187,9 +187,7 @@ class Router:
         choice = self._choose(self._ask(attempt), *self._candidates(attempt))
         return self.chooser.explain(choice)
 
-    def _go(
-        self, attempt: Attempt, ask: Ask, in_words: bool, short: Callable[[], bool], kept: int
-    ) -> Placement | Busy:
+    def _go(self, attempt: Attempt, ask: Ask, in_words: bool, short: Callable[[], bool], kept: int) -> Placement | Busy:
         prefill, decode = self._candidates(attempt)
         busy = kept | self._occupancy.busy(len(ask.token_ids)) if self._held else kept
         free, free_decode = prefill & ~busy, decode & ~busy
