@@ -22,7 +22,13 @@ help:  ## List the targets
 $(VENV)/.core: pyproject.toml
 	@echo "setup 1/3  core: Ray Serve and this package, in $(VENV)"
 	@sh .ci/make-venv $(PYTHON) $(VENV)
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -e .
+	@touch $@
+
+# With the engine's versions as constraints, so that either may be installed first.
+$(VENV)/.dev: $(VENV)/.core
+	@echo "setup      what the tests and checks need"
+	@$(PIP) -e '.[dev]' -c $(ENGINE)
 	@touch $@
 
 $(VENV)/.engine: $(VENV)/.core $(ENGINE) $(ENGINE_NODEPS)
@@ -33,9 +39,9 @@ $(VENV)/.engine: $(VENV)/.core $(ENGINE) $(ENGINE_NODEPS)
 
 setup-core: $(VENV)/.core  ## Install without an engine: no torch, simulated workers only
 
-setup: $(VENV)/.engine  ## Install everything that local serving and the tests need
+setup: $(VENV)/.engine $(VENV)/.dev  ## Install everything that local serving and the tests need
 
-models: setup  ## Make the small local models in ~/.cache/dynamo-ray (once)
+models: $(VENV)/.engine  ## Make the small local models in ~/.cache/dynamo-ray (once)
 	@echo "setup 3/3  models"
 	@for key in byte-tokenizer smollm2-135m-instruct tiny-deepseek-v3; do $(BIN)/dynamo-ray model $$key >/dev/null || exit; done
 
@@ -46,17 +52,17 @@ run-sim: setup-core  ## Serve simulated engines: the whole path without a model
 	@$(BIN)/dynamo-ray model byte-tokenizer >/dev/null
 	@exec $(BIN)/dynamo-ray up configs/local-sim.yaml
 
-test: models  ## Run every test that needs no GPU
+test: $(VENV)/.dev models  ## Run every test that needs no GPU
 	@$(BIN)/python -m pytest tests/unit tests/contract tests/integration tests/e2e --durations=15 $(ARGS)
 
-check: models  ## Format, lint, types, layering, coverage of the fast tests
+check: $(VENV)/.dev models  ## Format, lint, types, layering, coverage of the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit -q --cov=dynamo_ray --cov=placement --cov=backends --cov-report=term:skip-covered
 
-bench: models  ## Measure what a token costs in the ingress, beside a Serve handle
+bench: $(VENV)/.dev models  ## Measure what a token costs in the ingress, beside a Serve handle
 	$(BIN)/python tests/bench/bench_detokenise.py
 	$(BIN)/python tests/bench/bench_ingress.py --check
 	$(BIN)/python tests/bench/bench_nats.py
@@ -84,11 +90,11 @@ $(SGLANG_VENV)/.engine: pyproject.toml $(SGLANG) $(SGLANG_NODEPS)
 
 setup-sglang-cpu: $(SGLANG_VENV)/.engine  ## Install SGLang 0.5.23 for CPU, in an environment of its own (1 GB)
 
-test-sglang-cpu: setup-sglang-cpu models  ## Run the engines' suite on a real SGLang on CPU: about 10 minutes
+test-sglang-cpu: setup-sglang-cpu $(VENV)/.dev models  ## Run the engines' suite on a real SGLang on CPU: about 10 minutes
 	@tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python $(ARGS)
 	@CONTRACT_ROLES=aggregated GRAMMAR=xgrammar tests/support/sglang_cpu/run $(SGLANG_VENV)/bin/python -k "refuses_by_name or min_tokens"
 
-manifests: setup-core  ## Render configs/kubernetes anew from configs/kubernetes/manifests.txt
+manifests: $(VENV)/.dev  ## Render configs/kubernetes anew from configs/kubernetes/manifests.txt
 	@grep -v '^#' configs/kubernetes/manifests.txt | while read -r folder arguments; do \
 		$(BIN)/dynamo-ray manifest $$arguments --out configs/kubernetes/$$folder || exit; done
 
