@@ -16,16 +16,22 @@ from backends.engine import Role
 from dynamo_ray.config import SloConfig
 from dynamo_ray.routing.policy import Floats, Leg, Places
 
-WORK_WEIGHT = 3.0
+WORK_WEIGHT = 1.0
 """Seconds that later requests lose for each second that this one computes, while no queue has built up: what makes a
-cached prefix worth more than it saves this request, and keeps it on few ranks, since every copy pushes out another."""
+cached prefix worth more than it saves this request."""
 QUEUE_WEIGHT = 1.0
-"""The same for each request that waits even on the emptiest rank: under overload, what is saved is saved for all."""
+"""The same for each request that waits on a rank on average: under overload, what is saved is saved for all."""
 MOST_WORK_WEIGHT = 8.0
 """However many wait. More would keep a prefix that everybody wants on the one rank that has it (Dynamo #737)."""
-SHARE_WEIGHT = 0.02
-"""Of a token that was given lately, beside one that is queued: ranks that are as soon ready share the work, and the
-cache, over minutes as well."""
+CHURN_WEIGHT = 0.3
+"""Seconds that later requests lose because computing a second's worth of tokens pushes as many out of the cache, on a
+rank that was given as much as the others lately. One that was given more has younger blocks to push out, likelier to
+be asked for again; where all take in alike, they keep together what one cache as large as all would."""
+UNEVEN_WEIGHT = 3.0
+"""Of what a rank is charged for having been given more than the mean lately: the excess, as often as it goes into the
+mean. Its square forgives what chance brings; but a prefix with which more than one rank's share of the work begins is
+computed on a second rank long before its holder does everything."""
+FEW_PROMPTS = 4
 LOCKSTEP_TOKENS = 8192
 """Prompt tokens a rank computes in one step at most: for so many of the slowest rank's tokens the others wait too
 (SGLang's and vLLM's default chunk on large GPUs)."""
@@ -45,22 +51,23 @@ def latency(leg: Leg, slo: SloConfig) -> Floats:
     if leg.role is Role.DECODE:
         uncached_s = leg.speeds.link.s_per_token
         costs = coming * (-leg.block_size * uncached_s)
+        costs += leg.prompt_tokens * uncached_s
     else:
         per_token_s = leg.speeds.prefill[leg.role].s_per_token
-        uncached_s = (1.0 + work_weight(leg)) * per_token_s
-        costs = load[0] * per_token_s
-        costs += coming * (-leg.block_size * uncached_s)
-        costs += leg.recent_tokens * (SHARE_WEIGHT * per_token_s)
-    same_s = leg.prompt_tokens * uncached_s
+        mean = _mean_recent(leg)
+        costs = leg.recent_tokens * (CHURN_WEIGHT * per_token_s / mean)
+        costs += (1.0 + work_weight(leg)) * per_token_s
+        costs *= leg.prompt_tokens - leg.block_size * coming
+        costs += load[0] * per_token_s
+        costs += uneven(leg, mean) * per_token_s
     if leg.role is not Role.PREFILL:
         answer_s = num_answer_tokens(leg) * leg.speeds.step[leg.role].s_per_token
         costs += load[1] * (REQUEST_TOKENS * answer_s)
         costs += load[2] * answer_s
-        same_s += (leg.prompt_tokens + REQUEST_TOKENS) * answer_s
+        costs += (leg.prompt_tokens + REQUEST_TOKENS) * answer_s
         room_s = wait_for_room_s(leg)
         if room_s is not None:
             costs += room_s
-    costs += same_s
     return costs
 
 
@@ -76,7 +83,9 @@ def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
         found["wait_s"] = wait_s
         found["compute_s"] = compute_s
         found["work_s"] = work_weight(leg) * compute_s
-        found["share_s"] = (SHARE_WEIGHT * line.s_per_token) * leg.recent_tokens
+        mean = _mean_recent(leg)
+        found["churn_s"] = (CHURN_WEIGHT / mean) * leg.recent_tokens * compute_s
+        found["uneven_s"] = uneven(leg, mean) * (line.s_per_token * slow)
         if slo.ttft_s is not None:
             late_s = np.maximum(wait_s + compute_s - (slo.ttft_s - line.overhead_s), 0.0)
             found["late_s"] = LATE_WEIGHT * late_s
@@ -96,9 +105,16 @@ def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
 
 def work_weight(leg: Leg) -> float:
     """What a second of computing costs others, in seconds."""
-    queued = leg.queued_tokens
-    least = queued.item(queued.argmin())
-    return min(WORK_WEIGHT + QUEUE_WEIGHT * least / leg.speeds.uncached_tokens, MOST_WORK_WEIGHT)
+    return min(WORK_WEIGHT + QUEUE_WEIGHT * _mean(leg.queued_tokens) / leg.speeds.uncached_tokens, MOST_WORK_WEIGHT)
+
+
+def uneven(leg: Leg, mean: float) -> Floats:
+    """Tokens that each rank is charged for having been given more than the mean lately."""
+    excess: Floats = np.maximum(leg.recent_tokens - mean, 0.0)
+    excess *= excess
+    # While ranks have had less than a few prompts each, being one ahead says nothing.
+    excess *= UNEVEN_WEIGHT / max(mean, FEW_PROMPTS * leg.speeds.uncached_tokens)
+    return excess
 
 
 def num_answer_tokens(leg: Leg) -> float:
@@ -193,6 +209,14 @@ def predict(prefill: tuple[Leg, int] | None, decode: tuple[Leg, int]) -> Predict
         groups = computing.pool.groups[at], leg.pool.groups[place]
         ttft_s += speeds.link(moved) * speeds.slow_links.get(groups, 1.0) + itl_s
     return Prediction(tokens, moved, load, ttft_s, itl_s)
+
+
+def _mean_recent(leg: Leg) -> float:
+    return max(_mean(leg.recent_tokens), 1.0)
+
+
+def _mean(values: Floats) -> float:
+    return float(np.add.reduce(values)) / len(values)
 
 
 def _uncached(leg: Leg, place: int) -> float:

@@ -10,13 +10,13 @@ from dynamo_ray.routing.kv_index import Runs
 
 @lru_cache(maxsize=4096)
 def _checkpoints(num_blocks: int) -> tuple[int, ...]:
-    """The blocks by which a prompt of that many is known: every 8th, beyond the 64th every 32nd, and the last.
+    """The blocks by which a prompt of that many is known: all up to the 64th, then every 16th, and the last.
 
     A chained hash stands for all before it, so that few tell; two prompts that part between two of these are seen to
-    part at the earlier one.
+    part at the earlier one. Early ones are all there because blocks may be large: SGLang's and vLLM's can be of 512.
     """
-    near = range(7, min(num_blocks, 64), 8)
-    far = range(95, num_blocks, 32)
+    near = range(min(num_blocks, 64))
+    far = range(79, num_blocks, 16)
     return tuple(dict.fromkeys((*near, *far, num_blocks - 1))) if num_blocks else ()
 
 

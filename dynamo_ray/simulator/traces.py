@@ -28,12 +28,17 @@ class TraceRequest:
     """Whose it is: what a client would send as its conversation's id."""
 
     def token_ids(self) -> list[int]:
-        """The prompt: every block its own id, over and over, which no other block is."""
-        tokens: list[int] = []
-        for block in self.block_ids:
-            tokens += [block] * BLOCK_TOKENS
-        del tokens[self.prompt_tokens :]
-        return tokens
+        """The prompt."""
+        return token_ids(self.block_ids, self.prompt_tokens)
+
+
+def token_ids(block_ids: Sequence[int], prompt_tokens: int) -> list[int]:
+    """A prompt of these blocks: each is its own id, over and over, which no other block is."""
+    tokens: list[int] = []
+    for block in block_ids:
+        tokens += [block] * BLOCK_TOKENS
+    del tokens[prompt_tokens:]
+    return tokens
 
 
 class _Line(msgspec.Struct):

@@ -210,14 +210,14 @@ def load_of(policy: str, trace: tuple[TraceRequest, ...]) -> float:
     return report.max_over_mean_load
 
 
-@pytest.mark.parametrize("policy", ["blocks"])
-def test_prompts_that_share_nothing_starve_no_rank(policy: str) -> None:
-    assert load_of(policy, single_turn(400)) < 1.25
+@pytest.mark.parametrize(("policy", "most"), [("latency", 1.1), ("blocks", 1.25)])
+def test_prompts_that_share_nothing_starve_no_rank(policy: str, most: float) -> None:
+    assert load_of(policy, single_turn(400)) < most
 
 
-@pytest.mark.parametrize("policy", ["blocks"])
-def test_a_system_prompt_that_all_share_piles_nothing_up(policy: str) -> None:
-    assert load_of(policy, agents(60, per_s=2.0)) < 1.3
+@pytest.mark.parametrize(("policy", "most"), [("latency", 1.4), ("blocks", 1.3)])
+def test_a_system_prompt_that_all_share_piles_nothing_up(policy: str, most: float) -> None:
+    assert load_of(policy, agents(60, per_s=2.0)) < most
 
 
 def test_the_command_compares_policies_and_names_what_is_wrong(tmp_path: Path) -> None:
