@@ -41,6 +41,9 @@ MAX_REPLAYED = 20_000
 SLICE_S = 0.002
 """What is ready is taken for that long before others get their turn on the loop."""
 
+AGAIN_S = 5.0
+"""After a rank could not be followed."""
+
 Apply = Callable[[Holder, KVEventBatch], None]
 Resync = Callable[[Holder], Awaitable[Snapshot | None]]
 """Asks others that follow the rank what it holds; None where nobody knows."""
@@ -82,7 +85,6 @@ class KVEventSubscriber:
             holder = Holder(worker, epoch, source.dp_rank)
             rank = self._ranks[holder] = _Rank(holder, source, self._context, self)
             task = asyncio.create_task(rank.follow(), name=f"kv-events-{worker}-{source.dp_rank}")
-            task.add_done_callback(rank.ended)
             self._tasks[holder] = task
 
     def unsubscribe(self, worker: str, epoch: int) -> None:
@@ -127,6 +129,18 @@ class _Rank:
         self._slice_ends_s = 0.0
 
     async def follow(self) -> None:
+        """For ever: whatever goes wrong, the rank is in doubt and followed anew after a pause."""
+        while True:
+            try:
+                await self._listen()
+            except Exception as error:  # noqa: BLE001 - no file for a socket, a defect of ours: none may end this unseen
+                what = "%s: its KV events are followed anew in %g s: %r"
+                log.error(what, self._holder, AGAIN_S, error, exc_info=not self._in_doubt)
+                self._owner.uncertain(self._holder)
+                self._in_doubt = True
+            await asyncio.sleep(AGAIN_S)
+
+    async def _listen(self) -> None:
         socket = self._socket(zmq.SUB, MAX_QUEUED)
         try:
             socket.subscribe(b"")
@@ -145,12 +159,6 @@ class _Rank:
                 silence_s = FIRST_CHECK_S if missed else min(2 * silence_s, LAST_CHECK_S)
         finally:
             socket.close(linger=0)
-
-    def ended(self, task: asyncio.Task[None]) -> None:
-        """Nobody follows the rank any more; if that is a mistake, what it said is not to be relied on."""
-        if not task.cancelled() and task.exception() is not None:
-            log.error("%s: its KV events are no longer followed", self._holder, exc_info=task.exception())
-            self._owner.uncertain(self._holder)
 
     def _socket(self, kind: int, max_queued: int) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)

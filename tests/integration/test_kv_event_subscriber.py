@@ -108,6 +108,30 @@ async def test_a_gap_is_fetched_from_the_replay_endpoint(
     assert subscriber.num_gaps >= 1
 
 
+async def test_a_defect_is_logged_and_the_rank_is_followed_anew(
+    publisher: KVEventPublisher,
+    subscriber: KVEventSubscriber,
+    heard: Heard,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(events, "AGAIN_S", 0.01)
+    monkeypatch.setattr(events, "FIRST_CHECK_S", 0.05)
+
+    def broken(holder: Holder, batch: KVEventBatch) -> None:
+        subscriber.apply = heard.apply
+        raise OSError("no file is left")
+
+    subscriber.apply = broken
+    publisher.publish(batch(0))
+    subscriber.subscribe("w", 1, [source(publisher)])
+    await heard.until(0)
+    publisher.publish(batch(1))
+    await heard.until(1)
+    assert heard.uncertain == [HOLDER]
+    assert "followed anew" in caplog.text
+
+
 def _frames(sequence: int) -> list[bytes]:
     return encode(batch(sequence))
 
