@@ -27,6 +27,7 @@ from dynamo_ray.cluster.commands import Hold
 from dynamo_ray.errors import ClientTooSlow, DeadlineExceeded, InvalidRequest, NotReady, Overloaded, WorkerLost
 from dynamo_ray.request import connection
 from dynamo_ray.request.generation import Generation
+from dynamo_ray.request.wire import WorkerInfo
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.kv_index import Holder
 from dynamo_ray.simulator import clock
@@ -551,5 +552,27 @@ def test_weights_that_cannot_be_loaded_leave_everything_as_it_was(tmp_path: Path
             }
             assert await collect(made, generation()) == old
             await made.settle()
+
+    clock.run(main())
+
+
+def test_a_worker_that_cannot_be_taken_in_is_logged_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with cluster(prefill=0) as made:
+            up = made.dispatch.router.up
+
+            def broken(info: WorkerInfo) -> None:
+                monkeypatch.setattr(made.dispatch.router, "up", up)
+                raise ValueError("unknown KV event format")
+
+            monkeypatch.setattr(made.dispatch.router, "up", broken)
+            await made.start("decode-1", Role.AGGREGATED)
+            made.announce()
+            await asyncio.sleep(5.0)
+            assert len(made.dispatch.workers.of_role(Role.AGGREGATED)) == 2
+            assert "unknown KV event format" in caplog.text
+            assert made.dispatch.router.chooser.mask("decode-1")
 
     clock.run(main())
