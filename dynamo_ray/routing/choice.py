@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from dynamo_ray.routing.latency import Prediction, predict
 from dynamo_ray.routing.policy import Floats, Leg, Policy
 from dynamo_ray.routing.ranks import Holder
@@ -25,7 +27,9 @@ class Pick:
     def terms(self) -> Mapping[str, Floats]:
         """What the costs are the sum of, where the policy says; by the speeds of now."""
         scored = (self.policy.terms or self.policy.score)(self.leg)
-        return scored if isinstance(scored, Mapping) else {}
+        if not isinstance(scored, Mapping):
+            return {}
+        return {name: np.broadcast_to(values, len(self.leg.pool)) for name, values in scored.items()}
 
     @property
     def holder(self) -> Holder:

@@ -12,10 +12,16 @@ from data_path import cluster, collect, generation
 from front import Client, ScriptedService, make_front, spell
 from opentelemetry.sdk.trace import TracerProvider
 
+from backends.engine import Role
 from dynamo_ray.cli.route import body_of
+from dynamo_ray.config import RouterConfig
 from dynamo_ray.errors import ConfigError
 from dynamo_ray.models import byte_tokenizer
+from dynamo_ray.routing import policies
+from dynamo_ray.routing.block_hash import chain_seed
+from dynamo_ray.routing.chooser import Chooser, WorkerFacts
 from dynamo_ray.routing.explanation import Explanation
+from dynamo_ray.routing.policy import Ask
 from dynamo_ray.simulator import clock
 
 
@@ -51,6 +57,17 @@ def test_equal_costs_are_said_to_be_equal() -> None:
     found = clock.run(main())
     assert found.prefill is not None
     assert found.prefill.why == "lowest cost, like 1 more of 2: fewest requests first, then in turn"
+
+
+def test_a_term_that_is_the_same_for_all_may_be_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "_REGISTERED", {})
+    policies.register_policy("mine", lambda leg: {"requests": leg.num_requests, "base": 2.0})
+    chooser = Chooser("m", RouterConfig(policy="mine"))
+    for name in ("a", "b"):
+        chooser.up(WorkerFacts(name, 1, Role.AGGREGATED, 1, 16, 100))
+    explained = chooser.explain(chooser.choose(Ask([1] * 16, chain_seed("m")), None, 0b11, 0.0))
+    assert [candidate.terms for candidate in explained.decode.candidates] == [{"requests": 0.0, "base": 2.0}] * 2
+    assert chooser.num_policy_errors == 0
 
 
 def test_a_span_that_records_gets_the_route_as_attributes() -> None:
