@@ -133,7 +133,7 @@ class _Rank:
         while True:
             try:
                 await self._listen()
-            except Exception as error:  # noqa: BLE001 - no file for a socket, a defect of ours: none may end this unseen
+            except Exception as error:  # no file for a socket, a defect of ours: none may end this unseen
                 what = "%s: its KV events are followed anew in %g s: %r"
                 log.error(what, self._holder, AGAIN_S, error, exc_info=not self._in_doubt)
                 self._owner.uncertain(self._holder)

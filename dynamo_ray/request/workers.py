@@ -93,7 +93,7 @@ class Workers:
                 log.warning("lost the connection to %s epoch %d", info.worker, info.epoch)
             except OSError as error:
                 log.warning("cannot connect to %s: %s", info.worker, error)
-            except Exception:  # noqa: BLE001 - a defect here must not leave out a worker for good, unseen
+            except Exception:  # a defect here must not leave out a worker for good, unseen
                 log.exception("the connection to %s is made again", info.worker)
             finally:
                 connection.close()

@@ -59,6 +59,8 @@ class Chooser:
         self._of_column: dict[int, WorkerFacts] = {}
         self._silent = 0
         self._turns: Counter[Role] = Counter()
+        self._everyone: Pool | None = None
+        """All known ranks, once somebody has asked; others are parts of it."""
         self._pools: dict[int, Pool] = {}
         self._computed: deque[tuple[float, int, Sequence[int]]] = deque()
         """(until when, column, blocks) of prompts just computed."""
@@ -77,7 +79,7 @@ class Chooser:
         mask = sum(1 << column for column in columns)
         self.speeds.up(facts.group, columns)
         self._workers[facts.name] = facts, mask
-        self._pools.clear()
+        self._forget_pools()
         if facts.caches_prefixes and not facts.tells_events:
             self._silent |= mask
 
@@ -99,7 +101,7 @@ class Chooser:
             self.num_legs.pop(holder, None)
             del self._of_column[column]
             self.ranks.remove(holder)
-        self._pools.clear()
+        self._forget_pools()
 
     def mask(self, worker: str) -> int:
         """The ranks of a worker's current incarnation, for the masks of `choose`; 0 of one that is not known."""
@@ -198,20 +200,25 @@ class Chooser:
     def _pool(self, mask: int) -> Pool:
         pool = self._pools.get(mask)
         if pool is None:
-            members = [(self._of_column[c].group, h.dp_rank, c, h) for h, c in self._known(mask)]
-            if not members:
-                raise ValueError("no known rank is in the mask")
-            members.sort(key=lambda member: member[:3])
-            kv = [self._of_column[c].kv_total_blocks * self._of_column[c].block_size for _, _, c, _ in members]
-            pool = Pool([c for _, _, c, _ in members], [h for *_, h in members], [g for g, *_ in members], kv)
+            if self._everyone is None:
+                self._everyone = self._all_known()
+            pool = self._everyone.part(mask)
             if len(self._pools) >= MAX_POOLS:
                 self._pools.clear()
             self._pools[mask] = pool
         return pool
 
-    def _known(self, mask: int) -> list[tuple[Holder, int]]:
-        pairs = ((holder, self.ranks.column(holder)) for holder in self.ranks.in_mask(mask))
-        return [(holder, column) for holder, column in pairs if column in self._of_column and column is not None]
+    def _forget_pools(self) -> None:
+        self._everyone = None
+        self._pools.clear()
+
+    def _all_known(self) -> Pool:
+        members = [(f.group, h.dp_rank, c, h) for c, f in self._of_column.items() if (h := self.ranks.holder(c))]
+        if not members:
+            raise ValueError("no rank is known")
+        members.sort(key=lambda member: member[:3])
+        kv = [self._of_column[c].kv_total_blocks * self._of_column[c].block_size for _, _, c, _ in members]
+        return Pool([c for _, _, c, _ in members], [h for *_, h in members], [g for g, *_ in members], kv)
 
     def _block_size(self, pool: Pool) -> int:
         return self._of_column[pool.first_column].block_size

@@ -53,10 +53,16 @@ class Ask:
 class Pool:
     """The ranks that could take a leg, in a stable order: by lockstep group, then by rank. Facts that don't change."""
 
-    def __init__(self, columns: Sequence[int], holders: Sequence[Holder], groups: Sequence[str], kv: Sequence[int]):
+    def __init__(
+        self,
+        columns: Places | Sequence[int],
+        holders: Sequence[Holder],
+        groups: Sequence[str],
+        kv: Floats | Sequence[int],
+    ) -> None:
         self.holders = tuple(holders)
         self.columns = np.array(columns, dtype=np.intp)
-        self.first_column = columns[0]
+        self.first_column = int(columns[0])
         self.kv_total_tokens: Floats = np.array(kv, dtype=np.float64)
         self.least_kv_tokens = float(self.kv_total_tokens.min())
         self.groups = tuple(groups)
@@ -67,12 +73,25 @@ class Pool:
         self.group = np.array([numbers[name] for name in groups], dtype=np.intp)
         self.group_starts = np.flatnonzero(np.diff(self.group, prepend=-1))
         self._hashes: NDArray[np.uint64] | None = None
-        self._width = max(columns, default=0) + 1
-        self._place = dict(zip(columns, range(len(columns)), strict=True))
+        self._width = int(self.columns.max()) + 1
+        self._place = {column: place for place, column in enumerate(self.columns.tolist())}
         self._by_mask: dict[int, Bools] = {}
 
     def __len__(self) -> int:
         return len(self.holders)
+
+    def part(self, mask: int) -> Pool:
+        """Those of a mask: cheap, as which ranks are busy changes with every request.
+
+        Raises:
+            ValueError: There are none.
+        """
+        places = self._unpacked(mask).nonzero()[0]
+        if not len(places):
+            raise ValueError("no known rank is in the mask")
+        chosen = places.tolist()
+        holders, groups = [self.holders[place] for place in chosen], [self.groups[place] for place in chosen]
+        return Pool(self.columns[places], holders, groups, self.kv_total_tokens[places])
 
     @property
     def hashes(self) -> NDArray[np.uint64]:

@@ -139,6 +139,19 @@ def test_overlaps_reach_the_right_candidates_few_or_many(count: int) -> None:
     ]
 
 
+def test_a_worker_that_is_up_again_with_other_ranks_has_those_and_no_others() -> None:
+    chooser = workers(attn_dp=2, policy="blocks")
+    chooser.up(WorkerFacts("w0", 2, Role.AGGREGATED, 3, SIZE, 7))
+    busy = chooser.ranks.column(Holder("w0", 2, 1))
+    assert busy is not None
+    mask = (chooser.mask("w0") | chooser.mask("w2")) & ~(1 << busy)
+    leg = chooser.choose(ask(), None, mask, 0.0).decode.leg
+    assert leg.holders == (Holder("w0", 2, 0), Holder("w0", 2, 2), Holder("w2", 1, 0), Holder("w2", 1, 1))
+    assert leg.pool.kv_total_tokens.tolist() == [7 * SIZE, 7 * SIZE, 1000 * SIZE, 1000 * SIZE]
+    assert leg.pool.slowest(np.array([1.0, 4.0, 3.0, 2.0])).tolist() == [4.0, 4.0, 3.0, 3.0]
+    assert [chooser.ranks.column(holder) for holder in leg.holders] == leg.pool.columns.tolist()
+
+
 def test_a_worker_that_is_up_again_starts_with_nothing() -> None:
     chooser = workers(policy="blocks")
     store(chooser, "w1", 9)
