@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import cast
+
+import nats.errors
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from nats.aio.client import Client
 
 from backends.engine import RankLoad
 from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, KVEventBatch
+from dynamo_ray.config import NatsConfig
 from dynamo_ray.events.nats import wire
 from dynamo_ray.events.nats.follower import Follower, Verdict
 from dynamo_ray.events.nats.publisher import Rank
+from dynamo_ray.events.nats.subscriber import NatsSubscriber
+from dynamo_ray.events.plane import Listener
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.kv_index import KVIndex
 from dynamo_ray.routing.ranks import Holder, Ranks
+from dynamo_ray.simulator import clock
 
 HOLDER = Holder("w.1", 3, 0)
 SIZE = 2
@@ -206,3 +215,62 @@ def test_names_with_dots_and_wildcards_are_one_part_of_a_subject() -> None:
     subjects = wire.Subjects("dynamo_ray", "my app.>")
     assert subjects.kv("prefill-0.1", 7, 3) == "dynamo_ray.my%20app%2E%3E.kv.prefill-0%2E1.7.3"
     assert subjects.stream == "dynamo_ray-my%20app%2E%3E"
+
+
+class Silent:
+    """A connection, and its JetStream, that fails once with each error given and then never answers."""
+
+    is_closed = False
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.asked = 0
+
+    def jetstream(self, timeout: float) -> Silent:
+        return self
+
+    async def stream_info(self, name: str) -> None:
+        self.asked += 1
+        if self.errors:
+            raise self.errors.pop()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise nats.errors.ConnectionClosedError from None  # as nats-py 2.16 does at times
+
+
+def followed(silent: Silent) -> tuple[NatsSubscriber, asyncio.Task[None]]:
+    config = NatsConfig(urls=("nats://nowhere:4222",))
+    subscriber = NatsSubscriber(config, "app", cast(Listener, None))
+    subscriber._started = True  # by no link: this is its connection
+    subscriber.subscribe("w", 1, [])
+    subscriber._client = cast(Client, silent)
+    subscriber._follow(("w", 1))
+    return subscriber, subscriber._tasks["w", 1]
+
+
+def test_who_follows_a_worker_ends_with_it_though_its_cancellation_is_lost() -> None:
+    async def main() -> None:
+        silent = Silent()
+        subscriber, task = followed(silent)
+        await asyncio.sleep(0.01)
+        subscriber.unsubscribe("w", 1)
+        async with asyncio.timeout(5.0):
+            await task
+        assert silent.asked == 1
+
+    clock.run(main())
+
+
+def test_a_defect_in_following_a_worker_is_logged_and_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        silent = Silent(KeyError("defect"))
+        subscriber, task = followed(silent)
+        await asyncio.sleep(5.0)
+        assert not task.done()
+        assert silent.asked == 2
+        assert "defect" in caplog.text
+        subscriber.unsubscribe("w", 1)
+        await task
+
+    clock.run(main())

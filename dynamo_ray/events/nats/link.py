@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nats.errors
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
@@ -180,7 +181,8 @@ class Link:
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Client]:
         async def said(error: Exception) -> None:
-            log.debug("%s: NATS: %s", self._name, error)
+            expected = isinstance(error, nats.errors.Error | OSError)  # what else is raised in callbacks is a defect
+            log.log(logging.DEBUG if expected else logging.ERROR, "%s: NATS: %r", self._name, error)
 
         client = Client()
         try:

@@ -71,7 +71,9 @@ class NatsSubscriber:
             self._follow(key)
 
     def unsubscribe(self, worker: str, epoch: int) -> None:
-        self._workers.pop((worker, epoch), None)
+        left = self._workers.pop((worker, epoch), None)
+        if left is not None:
+            left.left = True
         self._counts.pop(worker, None)
         task = self._tasks.pop((worker, epoch), None)
         if task is not None:
@@ -147,6 +149,8 @@ class _Worker:
 
     def __init__(self, owner: NatsSubscriber, worker: str, epoch: int, dp_ranks: tuple[int, ...]) -> None:
         self.followers = {dp_rank: Follower() for dp_rank in dp_ranks}
+        self.left = False
+        """Nobody follows it any more: a cancellation alone may be lost in nats-py 2.16, see `link.end`."""
         self._owner, self._worker, self._epoch = owner, worker, epoch
         self._stream: Stream | None = None
         self._told: dict[int, int] = {}
@@ -179,7 +183,7 @@ class _Worker:
     async def follow(self, client: Client) -> None:
         """Read on, with one consumer after the other, as long as the connection lasts."""
         jetstream = client.jetstream(timeout=REQUEST_TIMEOUT_S)
-        while not client.is_closed:
+        while not (client.is_closed or self.left):
             try:
                 self.found(await self._owner.link.stream(jetstream))
                 if not self._read:
@@ -187,6 +191,8 @@ class _Worker:
                 await self._consume(client, jetstream)
             except (nats.errors.Error, TimeoutError) as error:
                 log.info("%s: its consumer is made anew: %s", self._worker, error)
+            except Exception:  # a defect must not end this unseen
+                log.exception("%s: its consumer is made anew", self._worker)
             await asyncio.sleep(TICK_S * random.uniform(1.0, 2.0))
 
     async def _skip(self, jetstream: JetStreamContext) -> None:
