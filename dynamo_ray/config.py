@@ -38,7 +38,13 @@ HAPROXY_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_O
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # it may be a secret, and what is raised ends in logs
+    )
 
 
 class ModelConfig(_Frozen):
@@ -217,6 +223,10 @@ Secret = Annotated[str, Field(min_length=1), AfterValidator(_check_secret)]
 """A literal, `${NAME}`: an environment variable, or `${file:/path}`: a file's content; read where it is used."""
 
 
+SECRETS = ("api_keys", "password", "token")
+"""Fields whose values are never shown."""
+
+
 class NatsConfig(_Frozen):
     """Where the NATS servers are, and how much their stream keeps. Read where `events: nats`."""
 
@@ -224,8 +234,8 @@ class NatsConfig(_Frozen):
     """nats:// or tls://host:port, of one cluster; who we are stands below, not here. Empty: `dynamo-ray up` starts a
     private server on this machine."""
     user: str | None = Field(default=None, min_length=1)
-    password: Secret | None = None
-    token: Secret | None = None
+    password: Secret | None = Field(default=None, repr=False)
+    token: Secret | None = Field(default=None, repr=False)
     creds_file: str | None = Field(default=None, min_length=1)
     """A credentials file, as `nsc` makes them."""
     ca_file: str | None = Field(default=None, min_length=1)
@@ -291,7 +301,7 @@ class DeploymentConfig(_Frozen):
     routes by what it routed before."""
     nats: NatsConfig | None = None
     """Left out with `events: nats`: a private server, as NatsConfig.urls says."""
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Any of these must come as `Authorization: Bearer`; empty: open."""
 
     @model_validator(mode="after")

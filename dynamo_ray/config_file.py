@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 import backends
 from backends.engine import EngineStartError, Role
 from dynamo_ray.cluster.launches import Launch, disagreements, first_launches
-from dynamo_ray.config import DeploymentConfig, RoleConfig
+from dynamo_ray.config import SECRETS, DeploymentConfig, RoleConfig
 from dynamo_ray.errors import ConfigError, Problem
 from dynamo_ray.routing.policies import resolve
 
@@ -248,10 +249,17 @@ def problems_of(document: Document, path: Place, model: type[BaseModel], error: 
             found.append(document.problem((*where, item["loc"][-1]), "missing"))
         else:
             message = item["msg"].removeprefix("Value error, ")
-            given = item["input"]
-            shown = f"; it is {given!r}" if isinstance(given, str | int | float | bool | None) else ""
-            found.append(document.problem(where, message[0].lower() + message[1:] + shown))
+            found.append(document.problem(where, message[0].lower() + message[1:] + _shown(where, item["input"])))
     return found
+
+
+def _shown(where: Place, given: Any) -> str:
+    """What was given, but for secrets."""
+    if not isinstance(given, str | int | float | bool | None) or any(part in SECRETS for part in where):
+        return ""
+    if isinstance(given, str):
+        given = re.sub(r"//[^/]*@", "//...@", given)
+    return f"; it is {given!r}"
 
 
 def _place(document: Document, path: Place, location: Place) -> Place:

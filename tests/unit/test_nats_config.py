@@ -106,3 +106,24 @@ def test_a_private_server_is_not_for_a_ray_elsewhere(checked: CheckedFile, tmp_p
         local_nats.provided(checked, tmp_path, private=False),
     ):
         pass
+
+
+def test_secrets_are_in_no_message_and_no_description(tmp_path: Path) -> None:
+    keys = {"urls": URLS, "token": "hunter2"}
+    assert "hunter2" not in repr(config(events="nats", nats=keys, api_keys=["hunter2"]))
+    file = tmp_path / "config.yaml"
+    for wrong in (
+        {"nats": {"urls": ["nats://me:hunter2@a:4222"]}},
+        {"nats": {"urls": URLS, "user": "me", "password": "${hunter2"}},
+        {"nats": {"urls": URLS, "password": "hunter2", "token": "hunter2"}},
+        {"api_keys": "hunter2"},
+    ):
+        with pytest.raises(ValidationError) as invalid:
+            config(events="nats", **wrong)
+        assert "hunter2" not in str(invalid.value)
+        args = {"model": {"name": "m", "path": "/models/m"}, "backend": "simulated", "aggregated": {}, "events": "nats"}
+        application = {"name": "a", "route_prefix": "/", "import_path": "dynamo_ray.app:build", "args": args | wrong}
+        file.write_text(yaml.safe_dump({"applications": [application]}))
+        with pytest.raises(ConfigError) as refused:
+            check_file(file)
+        assert "hunter2" not in str(refused.value)
