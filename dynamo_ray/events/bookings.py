@@ -7,13 +7,14 @@ way is right again within that second. One that has not been heard for `LEASE_S`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated
 
 import msgspec
 
 from dynamo_ray.routing.load import Booked
 from dynamo_ray.routing.ranks import Holder
+from dynamo_ray.telemetry import Reading
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,18 @@ class PeerBookings:
             log.warning("ingress replica %s has been silent for %g s: its bookings no longer count", replica, LEASE_S)
             self._drop(replica)
         return silent
+
+    def readings(self, num_sent: int) -> Iterator[Reading]:
+        """What this replica, which has sent so many statements, knows of the others, for /metrics."""
+        yield "dynamo_ray_peer_replicas", "Other ingress replicas whose bookings count", {}, len(self)
+        for outcome, count in (
+            ("sent", num_sent),
+            ("taken", self.num_taken),
+            ("stale", self.num_stale),
+            ("refused", self.num_refused),
+        ):
+            labels = {"outcome": outcome}
+            yield "dynamo_ray_booking_statements_total", "What ingress replicas told of their bookings", labels, count
 
     def _apply(self, statement: Statement, now_s: float) -> None:
         self.num_taken += 1

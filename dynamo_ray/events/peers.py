@@ -97,16 +97,8 @@ class Peers:
 
     def readings(self) -> Iterator[Reading]:
         """What this replica knows of the others, for /metrics."""
-        heard, answers = self.bookings, self.answers
-        yield "dynamo_ray_peer_replicas", "Other ingress replicas whose bookings count", {}, len(heard)
-        for outcome, count in (
-            ("sent", self.num_published),
-            ("taken", heard.num_taken),
-            ("stale", heard.num_stale),
-            ("refused", heard.num_refused),
-        ):
-            labels = {"outcome": outcome}
-            yield "dynamo_ray_booking_statements_total", "What ingress replicas told of their bookings", labels, count
+        answers = self.answers
+        yield from self.bookings.readings(self.num_published)
         for outcome, count in (
             ("taken", self.num_snapshots),
             ("served", answers.num_served),

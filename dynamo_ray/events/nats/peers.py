@@ -59,16 +59,7 @@ class NatsPeers:
         return None
 
     def readings(self) -> Iterator[Reading]:
-        heard = self.bookings
-        yield "dynamo_ray_peer_replicas", "Other ingress replicas whose bookings count", {}, len(heard)
-        for outcome, count in (
-            ("sent", self.num_published),
-            ("taken", heard.num_taken),
-            ("stale", heard.num_stale),
-            ("refused", heard.num_refused),
-        ):
-            labels = {"outcome": outcome}
-            yield "dynamo_ray_booking_statements_total", "What ingress replicas told of their bookings", labels, count
+        return self.bookings.readings(self.num_published)
 
     def check_health(self) -> None:
         if self._expirer is not None and self._expirer.done():
