@@ -228,8 +228,16 @@ async def fetch(context: SecureContext, endpoint: str, holder: Holder) -> Snapsh
     Raises:
         NoSnapshot: It has none, or does not answer; says why.
     """
+    try:
+        return await _fetched(context, endpoint, Assembly(holder))
+    except TimeoutError:
+        raise NoSnapshot(f"no answer within {ANSWER_S:g} s") from None
+    except zmq.ZMQError as error:  # no such endpoint, no file left for a socket, or we are about to end
+        raise NoSnapshot(f"{endpoint}: {error}") from error
+
+
+async def _fetched(context: SecureContext, endpoint: str, assembly: Assembly) -> Snapshot:
     socket = context.client(zmq.DEALER, MAX_PART_BYTES)
-    assembly = Assembly(holder)
     try:
         socket.connect(endpoint)
         while True:
@@ -238,7 +246,5 @@ async def fetch(context: SecureContext, endpoint: str, holder: Holder) -> Snapsh
                 snapshot = assembly.take(await socket.recv())
             if snapshot is not None:
                 return snapshot
-    except TimeoutError:
-        raise NoSnapshot(f"no answer within {ANSWER_S:g} s") from None
     finally:
         socket.close()

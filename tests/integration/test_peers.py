@@ -282,6 +282,15 @@ async def test_alone_there_is_no_snapshot(plane: Plane) -> None:
     assert await (await plane.add(holds=HELD)).peers.resync(RANK) is None
 
 
+async def test_a_replica_at_an_impossible_address_has_no_snapshot() -> None:
+    context = SecureContext(SECRET)
+    try:
+        with pytest.raises(snapshots.NoSnapshot, match="nowhere"):
+            await snapshots.fetch(context, "nowhere", RANK)
+    finally:
+        await context.close()
+
+
 async def test_an_address_that_is_not_ours_is_said_and_tried_again(
     plane: Plane, caplog: pytest.LogCaptureFixture
 ) -> None:
