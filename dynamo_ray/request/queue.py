@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from dynamo_ray.config import QueueConfig
 
@@ -25,8 +25,7 @@ class Ticket:
     arrived_s: float
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Place:
+class _Place(NamedTuple):
     before: int
     """Minus the priority."""
     rank: float
@@ -54,8 +53,11 @@ class Line(Generic[T]):
         return len(self._places)
 
     def __iter__(self) -> Iterator[tuple[_Place, T]]:
-        """As it is now; joining and leaving meanwhile does not matter."""
-        return iter([(place, self._items[place]) for place in self._places])
+        """As it is now, without those that leave meanwhile."""
+        for place in tuple(self._places):
+            item = self._items.get(place)
+            if item is not None:
+                yield place, item
 
     @property
     def full(self) -> bool:

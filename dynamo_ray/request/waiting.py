@@ -17,7 +17,10 @@ T = TypeVar("T")
 RETRY_AFTER_S = 1.0
 """Where nothing is known about how long it takes."""
 LOOK_AHEAD = 32
-"""How many that cannot go are passed over for those behind them that need other ranks; bounds what a wake costs."""
+"""How many that cannot go are asked, and passed over for those behind them that need other ranks; bounds what a wake
+costs. Those need not be asked who could only use ranks that somebody before them waits for."""
+ASK_AGAIN_S = 1.0
+"""They are, after so long: there may be more ranks that they could use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,10 @@ class _Waiter(Generic[T]):
     came: asyncio.Future[T]
     again: bool
     """It may not be refused."""
+    stuck: int = 0
+    """The ranks that it could use, and that were busy, when it was asked last, as a mask."""
+    stuck_until_s: float = 0.0
+    """For so long that is taken to be so."""
 
 
 class WaitingRoom(Generic[T]):
@@ -121,9 +128,10 @@ class WaitingRoom(Generic[T]):
 
     def _look(self) -> None:
         self._woken = False
-        kept, stuck = 0, 0
+        kept, stuck, asked_anew, now_s = 0, 0, False, asyncio.get_running_loop().time()
         for place, waiter in self._line:
-            if waiter.came.done():
+            known = now_s < waiter.stuck_until_s
+            if waiter.came.done() or (known and not waiter.stuck & ~kept):
                 continue
             try:
                 taken = waiter.go(kept)
@@ -136,12 +144,17 @@ class WaitingRoom(Generic[T]):
                 if isinstance(taken, Busy):
                     if taken.everyone:
                         return
+                    if not known:
+                        asked_anew, waiter.stuck_until_s = True, now_s + ASK_AGAIN_S
+                    waiter.stuck = taken.ranks
                     kept |= taken.ranks
                     stuck += 1
                 else:
-                    self._line.went(place, asyncio.get_running_loop().time())
+                    self._line.went(place, now_s)
                     waiter.came.set_result(taken)
             if stuck >= LOOK_AHEAD:
+                if asked_anew:  # so that the next look comes further
+                    self.wake()
                 return
 
     def _left(self, waiter: _Waiter[T]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from dynamo_ray.config import QueueConfig
 from dynamo_ray.errors import InvalidRequest, NotReady, Overloaded
 from dynamo_ray.request.queue import Ticket
-from dynamo_ray.request.waiting import Busy, WaitingRoom
+from dynamo_ray.request.waiting import ASK_AGAIN_S, LOOK_AHEAD, Busy, WaitingRoom
 from dynamo_ray.simulator import clock
 
 
@@ -87,6 +87,44 @@ def test_one_behind_goes_first_only_with_ranks_that_those_before_it_do_not_wait_
         ranks.release(0b010)
         await turn()
         assert same.done()
+
+    clock.run(main())
+
+
+def test_however_many_wait_for_one_rank_nobody_waits_for_another_that_is_free() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0)
+        many = [ranks.enter(0b01) for _ in range(3 * LOOK_AHEAD)]
+        await turn()
+        ranks.free = 0b10
+        other = ranks.enter(0b10)
+        await turn()
+        assert other.result() == 0b10
+        for task in many:
+            ranks.release(0b01)
+            await turn()
+            assert task.done()
+
+    clock.run(main())
+
+
+def test_ranks_that_come_are_within_a_second_for_those_too_who_were_passed_over() -> None:
+    async def main() -> None:
+        ranks = Ranks(free=0)
+        may = [0b01]
+
+        def go(kept: int) -> int | Busy:
+            return ranks.wants(may[0])(kept)
+
+        first = ranks.enter(0b01)
+        late = asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 0, 1.0), 60.0))
+        await turn()
+        may[0], ranks.free = 0b11, 0b10
+        await asyncio.sleep(ASK_AGAIN_S)
+        ranks.room.wake()  # a heartbeat
+        await turn()
+        assert (first.done(), late.done()) == (False, True)
+        first.cancel()
 
     clock.run(main())
 
