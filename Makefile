@@ -75,11 +75,12 @@ bench-placement:  ## Time the planner, and hold its layouts against Ray's PACK a
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check ortools==9.15.6755 pyyaml==6.0.3
 	PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_placement.py --check
 
-bench-routing:  ## Time the KV index and routing decisions beside Dynamo's in the same run
+bench-routing:  ## KV index and decisions beside Dynamo's in the same run, and how good routing is on a trace: 20 minutes
 	@sh .ci/make-venv $(PYTHON) .venv-bench
-	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check msgspec==0.22.0 numpy==2.4.6 psutil==7.2.2 pydantic==2.14.3 pyyaml==6.0.3 pyzmq==27.3.0 xxhash==4.1.0
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check msgspec==0.22.0 numpy==2.4.6 psutil==7.2.2 pydantic==2.14.3 pyyaml==6.0.3 pyzmq==27.3.0 xxhash==4.1.0 matplotlib==3.11.2
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ai-dynamo-runtime==1.6.1
-	@failed=; for bench in index decision; do PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_$$bench.py --check || failed=1; done; test -z "$$failed"
+	@failed=; for bench in index decision; do PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_$$bench.py --check || failed=1; done; \
+		PYTHONPATH=. .venv-bench/bin/python tests/bench/bench_routing_quality.py --check --plot docs/routing-quality.svg || failed=1; test -z "$$failed"
 
 $(SGLANG_VENV)/.engine: pyproject.toml $(SGLANG) $(SGLANG_NODEPS)
 	@sh .ci/make-venv $(PYTHON) $(SGLANG_VENV)

@@ -137,6 +137,8 @@ def plot(found: dict[Point, list[Report]], path: Path) -> None:
     for axis, (label, value, target) in zip(axes, rows, strict=True):
         for place, policy in enumerate(POLICIES):
             values = [value(report) for point in points for report in found[point] if report.policy == policy]
+            if not values:
+                continue
             style = {"zorder": 3, "markersize": 9} if policy == OURS else {"alpha": 0.8, "markersize": 6}
             axis.plot(range(len(points)), values, "os^DvP"[place], label=policy, color=f"C{place}", **style)
         if target is not None:
