@@ -108,6 +108,20 @@ def misses(ours: Report, others: Iterable[Report]) -> list[str]:
     return found
 
 
+def evened_load(trace: Sequence[TraceRequest], workers: int) -> float:
+    """Max/mean load where each prompt, less what a boundless cache has of it, goes to whoever was given least so far.
+
+    What evening out alone comes to, by whoever does not know the requests to come.
+    """
+    seen: set[int] = set()
+    given = [0] * workers
+    for request in trace:
+        cached = next((n for n, block in enumerate(request.block_ids) if block not in seen), len(request.block_ids))
+        seen.update(request.block_ids)
+        given[given.index(min(given))] += max(0, request.prompt_tokens - cached * 512) + request.answer_tokens
+    return max(given) * workers / sum(given)
+
+
 def table(point: Point, reports: Sequence[Report]) -> str:
     lines = [f"{point!s:34} hits  of one cache   TTFT p50    p90    p99   goodput   load  decision"]
     for report in reports:
@@ -117,6 +131,25 @@ def table(point: Point, reports: Sequence[Report]) -> str:
             f"{ttft.p99:7.3f}{report.goodput_per_s:8.3f}/s{report.max_over_mean_load:7.2f}"
             f"{report.decision_cpu_s * 1e6:7.0f} us"
         )
+    return "\n".join(lines)
+
+
+def summary(found: dict[Point, list[Report]]) -> str:
+    """The judged points, each number of `latency` before those of `blocks`, `round_robin` and `session`."""
+    lines = [
+        "| ranks, blocks, rate | hits of one cache's | p90 TTFT, s | goodput, /s | max/mean load |",
+        "|---|---|---|---|---|",
+    ]
+    for point in (point for point in found if point in JUDGED):
+        by_name = {report.policy: report for report in found[point]}
+        shown = [by_name[name] for name in (OURS, *BEATEN) if name in by_name]
+        cells = (
+            " / ".join(f"{report.share_of_ideal:.1%}" for report in shown),
+            " / ".join(f"{report.ttft_s.p90:.3f}" for report in shown),
+            " / ".join(f"{report.goodput_per_s:.3f}" for report in shown),
+            " / ".join(f"{report.max_over_mean_load:.2f}" for report in shown),
+        )
+        lines.append(f"| {point.workers}, {point.capacity_blocks}, x{point.rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -178,6 +211,10 @@ def main() -> int:
                 missed += bool(wrong) and point in JUDGED
                 for miss in wrong:
                     print(f"  {'MISS' if point in JUDGED else 'not judged, but'}: {miss}", flush=True)
+    print(summary(found))
+    for workers in sorted({point.workers for point in JUDGED}):
+        evened = evened_load(trace_of("mooncake"), workers)
+        print(f"{workers} ranks, each prompt to the one given least, whatever is cached where: load {evened:.2f}")
     judged = sum(point in JUDGED for point in points)
     print(f"{judged - missed} of {judged} judged points keep every number")
     if given.json is not None:
