@@ -474,7 +474,7 @@ def _second_turns(stack: Stack) -> tuple[int, int]:
         stack.complete(ids, max_tokens=8)
     wait_until(lambda: stack.metric("dynamo_ray_index_blocks") >= 160, 20, "the index has every block")
     hits = sum(cached(stack.complete([*ids, *prompt(40, 5)], max_tokens=4)) >= 640 for ids in firsts)
-    asyncio.run(_load(stack.url, 32, seed=77))
+    asyncio.run(_load(stack.url, 32, 1, seed=77))
     used = sum(stack.metric("dynamo_ray_routed_legs", dp_rank=str(rank)) > 0 for rank in (0, 1))
     return hits, used
 
