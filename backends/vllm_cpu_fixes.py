@@ -1,4 +1,4 @@
-"""Repairs six defects of vLLM 0.32.0 on the CPU platform; every vLLM process loads this as a general plugin.
+"""Repairs seven defects of vLLM 0.32.0 on the CPU platform; every vLLM process loads this as a general plugin.
 
 Each function is one defect. All of them are for exactly that version: with any other nothing is changed, and one line
 says so. Drop a function when upstream has it.
@@ -46,6 +46,7 @@ def apply() -> None:
     skip_experts_of_other_ranks()
     leave_requests_without_adapter_alone()
     pack_new_experts_too()
+    keep_amx_attention_to_its_types()
 
 
 def let_nixl_progress_thread_sleep() -> None:
@@ -193,3 +194,24 @@ def skip_experts_of_other_ranks() -> None:
 
     apply_own_experts.maps_experts = True  # type: ignore[attr-defined]
     CPUUnquantizedExperts.apply = apply_own_experts
+
+
+def keep_amx_attention_to_its_types() -> None:
+    """CpuPlatform takes the AMX kernel for MLA wherever the CPU has AMX tiles, whatever the model's type: its packing
+    (convert_weight_packed in amx_mla.py) takes no float32, and such a model does not load."""
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    original = CpuPlatform.check_and_update_config
+    if getattr(original, "looks_at_the_type", False):
+        return
+
+    def check_and_update_config(cls: type[Any], vllm_config: Any) -> None:
+        model, attention = vllm_config.model_config, vllm_config.attention_config
+        if model is not None and model.use_mla and model.dtype is torch.float32 and attention.backend is None:
+            attention.backend = AttentionBackendEnum.CPU_MLA
+        original(vllm_config)
+
+    check_and_update_config.looks_at_the_type = True  # type: ignore[attr-defined]
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
