@@ -277,6 +277,8 @@ async def test_adapters_and_structures_hold_for_what_is_handed_over(
     assert len({tokens[0] for tokens in expected}) == len(shapes), "the first token tells them apart"
     pattern = "[a-f]{3}-[0-9]{4}"
     shaped = greedy(40, structure=Structure("regex", pattern))
+    matching = (await answer(engine, ids, shaped)).tokens
+    assert re.fullmatch(pattern, tokenizer.decode(matching, skip_special_tokens=True))
     async with (
         running(spec("vllm", Role.PREFILL, loras=loras), "vllm") as (prefill, prefill_info),
         running(spec("vllm", Role.DECODE, loras=loras), "vllm") as (decode, decode_info),
@@ -293,7 +295,7 @@ async def test_adapters_and_structures_hold_for_what_is_handed_over(
             assert got.tokens[:same] == tokens[:same]
             assert got.chunks[0].transferred_tokens == len(ids)
         handed_over = await hand_over(site, ids, shaped)
-        assert re.fullmatch(pattern, tokenizer.decode(handed_over.tokens, skip_special_tokens=True))
+        assert handed_over.tokens == matching
         assert handed_over.finish_reason == "stop"
         await wait_until_idle(prefill)
         await wait_until_idle(decode)
