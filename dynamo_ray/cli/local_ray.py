@@ -63,6 +63,8 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        # Serve kills a proxy that has not begun after 5 s, and its start fails with it: too soon on a busy machine.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(MAX_HAPROXY_THREADS, os.cpu_count() or 1)),
         # No load balancer stands in front of this one, so that none must be waited for at the end.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
