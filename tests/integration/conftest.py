@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from kv_ranks import NATS_TOKEN
 
 from dynamo_ray.events.nats.server import PrivateServer
-
-NATS_TOKEN = "for tests"
 
 
 @pytest.fixture(scope="session")

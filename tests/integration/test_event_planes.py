@@ -9,17 +9,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from kv_ranks import MODEL, NATS_TOKEN, Engine, Index, until
 
-from backends.engine import KVEventSource, RankLoad
-from backends.kv_events import BlockRemoved, BlockStored, KVEvent, KVEventBatch
-from backends.kv_publisher import KVEventPublisher
+from backends.kv_events import BlockRemoved
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.events.nats.publisher import Publisher
 from dynamo_ray.events.nats.server import PrivateServer
 from dynamo_ray.events.plane import EventPlane, PeerPlane, event_plane, peer_plane
+from dynamo_ray.events.zmq import nobody_knows
 from dynamo_ray.routing.anomalies import Anomalies
-from dynamo_ray.routing.block_hash import block_hashes, chain_seed
-from dynamo_ray.routing.kv_index import KVIndex, Snapshot
 from dynamo_ray.routing.load import LoadTable
 from dynamo_ray.routing.ranks import Holder, Ranks
 
@@ -38,77 +36,33 @@ def config(request: pytest.FixtureRequest) -> DeploymentConfig:
     }
     if request.param == "nats":
         server: PrivateServer = request.getfixturevalue("nats_server")
-        document["nats"] = {"urls": [server.url], "token": "for tests"}
+        document["nats"] = {"urls": [server.url], "token": NATS_TOKEN}
     return DeploymentConfig.model_validate(document)
 
 
-class Ingress:
+class Ingress(Index):
     """An index and its plane."""
 
     def __init__(self, config: DeploymentConfig, app: str) -> None:
-        self.index = KVIndex("m", Ranks())
-        self.index.add_holder(RANK)
-        self.plane: EventPlane = event_plane(config, app, self, self._resync, Anomalies())
+        super().__init__([RANK])
+        self.plane: EventPlane = event_plane(config, app, self, nobody_knows, Anomalies())
 
-    async def _resync(self, holder: Holder) -> Snapshot | None:
-        return None
-
-    def apply(self, holder: Holder, batch: KVEventBatch) -> None:
-        self.index.apply(holder, batch)
-
-    def uncertain(self, holder: Holder) -> None:
-        self.index.doubt(holder)
-
-    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
-        self.index.restore(holder, snapshot)
-
-    def load(self, holder: Holder, load: RankLoad) -> None:
-        return
-
-    def holds(self) -> list[int]:
-        seed = chain_seed("m", None, None)
-        return [n for n in range(20) if self.index.overlap(block_hashes([n, n], 2, seed)).get(RANK)]
-
-
-class Rank:
-    """A rank's publisher on loopback, and beside it whatever the plane has at the worker's side."""
-
-    def __init__(self, config: DeploymentConfig, app: str) -> None:
-        self._zmq = KVEventPublisher("127.0.0.1")
-        self._sequence = 0
-        self.sources = [KVEventSource(0, self._zmq.endpoint, self._zmq.replay_endpoint, "simulated-1")]
-        self._publisher = None
-        if config.nats_events is not None:
-            self._publisher = Publisher(config.nats_events, app, "m", RANK.worker, RANK.epoch, lambda: ())
-            self._publisher.start(self.sources)
-
-    def say(self, *events: KVEvent) -> None:
-        self._zmq.publish(KVEventBatch(self._sequence, 0, list(events)))
-        self._sequence += 1
-
-    def store(self, *blocks: int) -> None:
-        for block in blocks:
-            self.say(BlockStored([block], None, [block, block], 2))
-
-    def begin_anew(self) -> None:
-        """As an engine restarted under the same name: an empty buffer, and numbers from 0."""
-        self._sequence = 0
-        self._zmq._buffer.clear()
-
-    async def close(self) -> None:
-        if self._publisher is not None:
-            await self._publisher.close()
-        await self._zmq.close()
+    def holds(self) -> set[int]:
+        return self.blocks(RANK)
 
 
 @asynccontextmanager
-async def running(config: DeploymentConfig) -> AsyncIterator[tuple[Rank, Callable[[], Ingress]]]:
-    app, made = f"planes-{next(names)}", list[Ingress]()
-    rank = Rank(config, app)
+async def running(config: DeploymentConfig) -> AsyncIterator[tuple[Engine, Callable[[], Ingress]]]:
+    """A rank, beside it whatever the plane has at the worker's side, and as many ingresses as are asked for."""
+    app, made, publisher = f"planes-{next(names)}", list[Ingress](), None
+    rank = Engine(RANK)
+    if config.nats_events is not None:
+        publisher = Publisher(config.nats_events, app, MODEL, RANK.worker, RANK.epoch, lambda: ())
+        publisher.start([rank.source])
 
     def ingress() -> Ingress:
         made.append(Ingress(config, app))
-        made[-1].plane.subscribe(RANK.worker, RANK.epoch, rank.sources)
+        made[-1].plane.subscribe(RANK.worker, RANK.epoch, [rank.source])
         return made[-1]
 
     try:
@@ -116,27 +70,23 @@ async def running(config: DeploymentConfig) -> AsyncIterator[tuple[Rank, Callabl
     finally:
         for each in made:
             await each.plane.close()
+        if publisher is not None:
+            await publisher.close()
         await rank.close()
         async with asyncio.timeout(5):
             while asyncio.all_tasks() != {asyncio.current_task()}:
                 await asyncio.sleep(0.02)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 async def test_an_ingress_knows_what_was_told_before_it_and_since(config: DeploymentConfig) -> None:
     async with running(config) as (rank, ingress):
         rank.store(1, 2, 3)
         first = ingress()
-        await until(lambda: first.holds() == [1, 2, 3])
+        await until(lambda: first.holds() == {1, 2, 3})
         rank.say(BlockRemoved([2]))
         rank.store(4)
         second = ingress()
-        await until(lambda: first.holds() == second.holds() == [1, 3, 4])
+        await until(lambda: first.holds() == second.holds() == {1, 3, 4})
         assert not first.index.doubtful
         assert (first.plane.next_sequence(RANK) or 0) >= 5
 
@@ -145,29 +95,29 @@ async def test_an_engine_that_begins_anew_holds_only_what_it_says_since(config: 
     async with running(config) as (rank, ingress):
         known = ingress()
         rank.store(1, 2, 3)
-        await until(lambda: known.holds() == [1, 2, 3])
+        await until(lambda: known.holds() == {1, 2, 3})
         rank.store(6)
-        await until(lambda: known.holds() == [1, 2, 3, 6])
+        await until(lambda: known.holds() == {1, 2, 3, 6})
         rank.begin_anew()
         rank.store(4, 5)
         late = ingress()
-        await until(lambda: known.holds() == late.holds() == [4, 5])
+        await until(lambda: known.holds() == late.holds() == {4, 5})
 
 
 async def test_a_worker_that_is_let_go_of_is_heard_no_more_and_can_be_followed_again(config: DeploymentConfig) -> None:
     async with running(config) as (rank, ingress):
         known = ingress()
         rank.store(1)
-        await until(lambda: known.holds() == [1])
+        await until(lambda: known.holds() == {1})
         known.plane.unsubscribe(RANK.worker, RANK.epoch)
         known.index.remove_holder(RANK)
         known.index.add_holder(RANK)
         other = ingress()
         rank.store(2)
-        await until(lambda: other.holds() == [1, 2])
-        assert known.holds() == []
-        known.plane.subscribe(RANK.worker, RANK.epoch, rank.sources)
-        await until(lambda: known.holds() == [1, 2])
+        await until(lambda: other.holds() == {1, 2})
+        assert known.holds() == set()
+        known.plane.subscribe(RANK.worker, RANK.epoch, [rank.source])
+        await until(lambda: known.holds() == {1, 2})
 
 
 class Replica:

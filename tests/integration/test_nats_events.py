@@ -7,16 +7,16 @@ import itertools
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
 import nats
 import pytest
+from kv_ranks import NATS_TOKEN, SIZE, Engine, Index, nats_config, until
 
-from backends.engine import KVEventSource, RankLoad
-from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, KVEventBatch
-from backends.kv_publisher import KVEventPublisher
+from backends.engine import RankLoad
+from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from dynamo_ray.config import NatsConfig
 from dynamo_ray.errors import ConfigError
 from dynamo_ray.events import bookings
@@ -27,15 +27,10 @@ from dynamo_ray.events.nats.publisher import Publisher
 from dynamo_ray.events.nats.server import PrivateServer
 from dynamo_ray.events.nats.subscriber import NatsSubscriber
 from dynamo_ray.events.nats.wire import Subjects
-from dynamo_ray.routing.block_hash import block_hashes, chain_seed
-from dynamo_ray.routing.kv_index import KVIndex, Snapshot
 from dynamo_ray.routing.load import LoadTable
 from dynamo_ray.routing.ranks import Holder, Ranks
 
-TOKEN = "for tests"
-SIZE = 4
 HEAL_S = 8.0
-HASHES = {block: block_hashes([block] * SIZE, SIZE, chain_seed("m", None, None)) for block in range(1100)}
 names = itertools.count()
 
 
@@ -47,64 +42,13 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "MIN_RESTATE_S", 0.1)
 
 
-class Engine:
-    """One rank that publishes as engines do, and what a listener that missed nothing would know of it."""
-
-    def __init__(self, holder: Holder) -> None:
-        self.holder = holder
-        self.zmq = KVEventPublisher("127.0.0.1")
-        self.truth = Index([holder])
-        self.sequence = 0
-
-    @property
-    def source(self) -> KVEventSource:
-        return KVEventSource(self.holder.dp_rank, self.zmq.endpoint, self.zmq.replay_endpoint, "simulated-1")
-
-    def say(self, *events: KVEvent) -> None:
-        batch = KVEventBatch(self.sequence, self.holder.dp_rank, list(events))
-        self.sequence += 1
-        self.zmq.publish(batch)
-        self.truth.apply(self.holder, batch)
-
-    def store(self, first: int, last: int) -> None:
-        """Blocks of which each has a prompt of its own."""
-        for block in range(first, last):
-            self.say(BlockStored([block], None, [block] * SIZE, SIZE))
-
-
-class Index:
-    """An ingress's index, as a Listener."""
-
-    def __init__(self, holders: list[Holder]) -> None:
-        self.index = KVIndex("m", Ranks())
-        self.loads: dict[Holder, RankLoad] = {}
-        for holder in holders:
-            self.index.add_holder(holder)
-
-    def apply(self, holder: Holder, batch: KVEventBatch) -> None:
-        self.index.apply(holder, batch)
-
-    def uncertain(self, holder: Holder) -> None:
-        self.index.doubt(holder)
-
-    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
-        self.index.restore(holder, snapshot)
-
-    def load(self, holder: Holder, load: RankLoad) -> None:
-        self.loads[holder] = load
-
-    def blocks(self, holder: Holder) -> set[int]:
-        """Those of `Engine.store` that the rank holds."""
-        return {block for block, hashes in HASHES.items() if self.index.overlap(hashes).get(holder)}
-
-
 class Rig:
     """Two ranks of one worker, its publisher, and as many ingresses as a test asks for."""
 
     def __init__(self, nats_server: PrivateServer) -> None:
         self.server = nats_server
         self.app = f"app {next(names)}"
-        self.config = NatsConfig(urls=(nats_server.url,), token=TOKEN)
+        self.config = nats_config(nats_server)
         self.subjects = Subjects(self.config.prefix, self.app)
         self.engines = [Engine(Holder("prefill-0.1", 7, rank)) for rank in range(2)]
         self.publisher = Publisher(self.config, self.app, "m", "prefill-0.1", 7, lambda: (RankLoad(0, 1, 2, 3, 4),))
@@ -157,13 +101,7 @@ class Rig:
             await plane.close()
         await self.publisher.close()
         for engine in self.engines:
-            await engine.zmq.close()
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = HEAL_S) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.02)
+            await engine.close()
 
 
 @asynccontextmanager
@@ -191,9 +129,9 @@ async def test_replicas_are_exact_from_their_first_seconds_however_late_they_sta
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = rig.engines
-    first.store(0, 300)
+    first.store(*range(0, 300))
     rig.replica()
-    second.store(300, 600)
+    second.store(*range(300, 600))
     await rig.exact()
     first.say(BlockRemoved(list(range(0, 300, 2))))
     second.say(AllBlocksCleared(), BlockStored([1], None, [1] * SIZE, SIZE))
@@ -213,27 +151,27 @@ async def test_a_killed_server_that_comes_back_with_its_data_costs_nothing(
     rig: Rig, nats_server: PrivateServer
 ) -> None:
     rig.replica()
-    rig.engines[0].store(0, 100)
+    rig.engines[0].store(*range(0, 100))
     await rig.exact()
     _kill(nats_server)
-    rig.engines[0].store(100, 200)
+    rig.engines[0].store(*range(100, 200))
     await until(lambda: not reading(rig, "dynamo_ray_nats_connected"))
     rig.engines[1].say(BlockStored([1], None, [1] * SIZE, SIZE))
     nats_server.start()
     rig.replica()
     await rig.exact()
-    rig.engines[1].store(200, 210)
+    rig.engines[1].store(*range(200, 210))
     await rig.exact()
 
 
 async def test_a_server_that_comes_back_empty_is_told_everything_again(rig: Rig, nats_server: PrivateServer) -> None:
     rig.replica()
-    rig.engines[0].store(0, 100)
+    rig.engines[0].store(*range(0, 100))
     await rig.exact()
     _kill(nats_server)
     shutil.rmtree(nats_server.log.parent / "jetstream")
     nats_server.start()
-    rig.engines[1].store(100, 110)
+    rig.engines[1].store(*range(100, 110))
     rig.replica()  # knows only what is said from now on
     await rig.exact()
 
@@ -245,7 +183,7 @@ async def test_a_hanging_server_keeps_nobody_waiting(
         monkeypatch.setattr(rank, "_max_queued_bytes", 20_000)
     monkeypatch.setattr(publisher, "MAX_UNCONFIRMED", 8)
     index = rig.replica()
-    rig.engines[0].store(0, 50)
+    rig.engines[0].store(*range(0, 50))
     await rig.exact()
     assert nats_server.process is not None
     nats_server.process.send_signal(signal.SIGSTOP)
@@ -268,7 +206,7 @@ async def test_a_hanging_server_keeps_nobody_waiting(
 
 async def test_a_purged_stream_is_noticed_by_who_starts_after_it(rig: Rig) -> None:
     rig.replica()
-    rig.engines[0].store(0, 100)
+    rig.engines[0].store(*range(0, 100))
     await rig.exact()
     async with _client(rig) as client:
         await client.jetstream().purge_stream(rig.subjects.stream)
@@ -280,7 +218,7 @@ async def test_a_purged_stream_is_noticed_by_who_starts_after_it(rig: Rig) -> No
 
 async def test_a_message_lost_on_its_way_is_a_gap_and_is_asked_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.replica()
-    rig.engines[0].store(0, 10)
+    rig.engines[0].store(*range(0, 10))
     await rig.exact()
     taken = rig.publisher._ranks[0].take
     lost: list[int] = []
@@ -306,7 +244,7 @@ async def test_a_reader_too_slow_for_its_messages_reads_them_again(rig: Rig, mon
     monkeypatch.setattr(publisher, "COALESCED_BYTES", 500)
     monkeypatch.setattr(publisher, "PART_BLOCKS", 50)
     rig.replica()
-    rig.engines[0].store(0, 400)
+    rig.engines[0].store(*range(0, 400))
     await rig.exact()
     assert reading(rig, "dynamo_ray_nats_consumers_total") > 1
 
@@ -315,7 +253,7 @@ async def test_the_last_message_lost_is_noticed_though_nothing_follows(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig.replica()
-    rig.engines[0].store(0, 10)
+    rig.engines[0].store(*range(0, 10))
     await rig.exact()
     taken = rig.publisher._ranks[0].take
     monkeypatch.setattr(rig.publisher._ranks[0], "take", lambda: msgspec.structs.replace(taken(), sequence=0))
@@ -328,7 +266,7 @@ async def test_bookings_lapse_while_nats_is_away_and_are_whole_afterwards(
 ) -> None:
     monkeypatch.setattr(bookings, "LEASE_S", 0.5)
     monkeypatch.setattr(peers, "FULL_EVERY_S", 0.1)
-    holder, config = Holder("w", 1, 0), NatsConfig(urls=(nats_server.url,), token=TOKEN)
+    holder, config = Holder("w", 1, 0), nats_config(nats_server)
     tables = [LoadTable(Ranks()), LoadTable(Ranks())]
     replicas = [NatsPeers(config, "lease", table, lambda: None) for table in tables]
     try:
@@ -351,11 +289,11 @@ async def test_lifecycle_is_kept_and_told_again_to_a_server_that_lost_it(
     nats_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifecycle, "AGAIN_EVERY_S", 0.3)
-    config = NatsConfig(urls=(nats_server.url,), token=TOKEN)
+    config = nats_config(nats_server)
     subjects, told = Subjects(config.prefix, "life"), LifecyclePublisher(config, "life")
 
     async def kept() -> list[str]:
-        client = await nats.connect(nats_server.url, token=TOKEN)
+        client = await nats.connect(nats_server.url, token=NATS_TOKEN)
         try:
             stream = client.jetstream()
             found = [await stream.get_last_msg(subjects.stream, subjects.lifecycle(worker)) for worker in ("a.1", "b")]
@@ -375,7 +313,7 @@ async def test_lifecycle_is_kept_and_told_again_to_a_server_that_lost_it(
         told.tell([state("a.1", "starting"), state("b", "starting")])
         told.tell([state("a.1", "ready")])
         await until_kept(["ready", "starting"])
-        client = await nats.connect(nats_server.url, token=TOKEN)
+        client = await nats.connect(nats_server.url, token=NATS_TOKEN)
         await client.jetstream().purge_stream(subjects.stream)
         await client.close()
         await until_kept(["ready", "starting"])
@@ -391,7 +329,7 @@ async def test_what_others_publish_there_is_counted_and_changes_nothing(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = rig.replica()
-    rig.engines[0].store(0, 20)
+    rig.engines[0].store(*range(0, 20))
     await rig.exact()
     before = index.blocks(rig.engines[0].holder)
     async with _client(rig) as client:
@@ -432,7 +370,7 @@ def _kill(nats_server: PrivateServer) -> None:
 
 @asynccontextmanager
 async def _client(rig: Rig) -> AsyncIterator[nats.aio.client.Client]:
-    client = await nats.connect(rig.server.url, token=TOKEN)
+    client = await nats.connect(rig.server.url, token=NATS_TOKEN)
     try:
         yield client
     finally:
