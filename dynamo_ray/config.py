@@ -162,6 +162,24 @@ class QueueConfig(_Frozen):
 class PrefillOnDecodeConfig(_Frozen):
     max_uncached_tokens: NonNegativeInt
     """A prompt of which the chosen decode rank has to compute no more than this never goes to a prefill worker."""
+    max_uncached_tokens_without_prefill: NonNegativeInt | None = None
+    """The same bound while no prefill worker takes requests, for longer prompts to be served too: they slow down the
+    answers beside them. None: `max_uncached_tokens`."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> PrefillOnDecodeConfig:
+        least, given = self.max_uncached_tokens, self.max_uncached_tokens_without_prefill
+        if given is not None and given < least:
+            raise ValueError(
+                f"max_uncached_tokens_without_prefill: {given} is less than max_uncached_tokens, which holds always; "
+                f"give {least} or more, or leave it out"
+            )
+        return self
+
+    def limit(self, prefill_lives: bool) -> int:
+        """The most tokens that a decode rank may have to compute of a prompt it is given whole."""
+        gone = self.max_uncached_tokens_without_prefill
+        return self.max_uncached_tokens if prefill_lives or gone is None else gone
 
 
 class ApproximateConfig(_Frozen):

@@ -27,8 +27,7 @@ def eligible(workers: Workers, role: Role, attempt: Attempt, priority: int) -> l
     """
     live = _able(workers.of_role(role), attempt, priority)
     if not live:
-        paused = "".join(f"; {worker} {why}" for worker, why in workers.paused(role).items())
-        raise NotReady(f"no {role} worker is ready{paused}", retry_after_s=RETRY_AFTER_S)
+        raise not_ready(workers, role)
     failed = attempt.excluded
     if not failed:
         return live
@@ -40,6 +39,12 @@ def eligible(workers: Workers, role: Role, attempt: Attempt, priority: int) -> l
     if not with_room:
         raise Overloaded(f"every {role} worker is full", retry_after_s=RETRY_AFTER_S)
     return with_room
+
+
+def not_ready(workers: Workers, role: Role, but: str = "") -> NotReady:
+    """The error of a request that needs a role without a live worker; `but`: what can be served all the same."""
+    paused = "".join(f"; {worker} {why}" for worker, why in workers.paused(role).items())
+    return NotReady(f"no {role} worker is ready{paused}{but}", retry_after_s=RETRY_AFTER_S)
 
 
 def _able(connections: list[WorkerConnection], attempt: Attempt, priority: int) -> list[WorkerConnection]:

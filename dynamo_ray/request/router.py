@@ -16,9 +16,10 @@ from opentelemetry.trace import get_current_span
 from backends.engine import Feature, RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import DeploymentConfig, QueueConfig
+from dynamo_ray.errors import NotReady
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed, WorkerConnection
-from dynamo_ray.request.eligible import eligible
+from dynamo_ray.request.eligible import eligible, not_ready
 from dynamo_ray.request.occupancy import Occupancy
 from dynamo_ray.request.queue import Ticket
 from dynamo_ray.request.tally import Tally
@@ -121,6 +122,12 @@ class Router:
         if self._known.get(info.worker) == info:
             del self._known[info.worker]
         self.chooser.down(info.worker, info.epoch)
+        allowed = self._config.router.prefill_on_decode
+        if allowed is not None and info.role is Role.PREFILL and not self._workers.of_role(Role.PREFILL):
+            log.warning(
+                "no prefill worker is left: until one is, decode workers compute prompts of at most %d uncached tokens",
+                allowed.limit(prefill_lives=False),
+            )
         self.room.wake()
 
     def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
@@ -155,14 +162,14 @@ class Router:
         """Choose and book, as soon as there are ranks that are not busy; leaving frees the bookings.
 
         Raises:
-            NotReady: A role has no live worker.
+            NotReady: A role that it needs has no live worker.
             InvalidRequest: None of a role's has what is asked for.
             Overloaded: Every worker of a role refused this request for lack of room, or too many wait already.
             DeadlineExceeded: It waited until then.
         """
         began_s, span, told = _now_s(), get_current_span(), attempt.request.told
         ask = self._ask(attempt)
-        short = cache(lambda: self._alone(ask, self._candidates(attempt)[1]) is not None)  # once, however long it waits
+        short = cache(partial(self._is_short, attempt, ask))  # once, however long it waits
         go = partial(self._go, attempt, ask, told is not None or span.is_recording(), short)
         ticket = partial(self._ticket, attempt, ask)
         try:
@@ -187,17 +194,21 @@ class Router:
         choice = self._choose(self._ask(attempt), *self._candidates(attempt))
         return self.chooser.explain(choice)
 
-    def _go(self, attempt: Attempt, ask: Ask, in_words: bool, short: Callable[[], bool], kept: int) -> Placement | Busy:
+    def _go(
+        self, attempt: Attempt, ask: Ask, in_words: bool, short: Callable[[bool], bool], kept: int
+    ) -> Placement | Busy:
         prefill, decode = self._candidates(attempt)
+        if prefill == 0 and not short(False):
+            raise self._no_prefill()
         busy = kept | self._occupancy.busy(len(ask.token_ids)) if self._held else kept
-        free, free_decode = prefill & ~busy, decode & ~busy
+        free, free_decode = None if prefill is None else prefill & ~busy, decode & ~busy
         choice = None
-        if free_decode and (free or not prefill):
+        if free_decode and (free or prefill is None):
             choice = self._choose(ask, free, free_decode)
-        elif free_decode and short():
-            choice = self._alone(ask, free_decode)
+        elif free_decode and short(bool(prefill)):
+            choice = self._alone(ask, free_decode, bool(prefill))
         if choice is None:
-            stuck = (0 if free else prefill) | (0 if free_decode else decode)
+            stuck = (0 if free else prefill or 0) | (0 if free_decode else decode)
             return Busy(stuck, everyone=self._nobody_else(stuck))
         return self._book(choice, in_words)
 
@@ -215,23 +226,45 @@ class Router:
         needed = self._config.roles.keys() - others
         return bool(needed - {Role.PREFILL} if self._config.router.prefill_on_decode else needed)
 
-    def _choose(self, ask: Ask, prefill: int, decode: int) -> Choice:
-        """Among those masks; prefill is 0 where workers do both."""
-        alone = self._alone(ask, decode) if prefill else None
-        return alone or self.chooser.choose(ask, prefill or None, decode, _now_s())
+    def _choose(self, ask: Ask, prefill: int | None, decode: int) -> Choice:
+        """Among those masks, which are as those of `_candidates`.
 
-    def _alone(self, ask: Ask, decode: int) -> Choice | None:
+        Raises:
+            NotReady: It needs a prefill worker, and there is none.
+        """
+        if prefill is None:
+            return self.chooser.choose(ask, None, decode, _now_s())
+        alone = self._alone(ask, decode, bool(prefill))
+        if alone is None and not prefill:
+            raise self._no_prefill()
+        return alone or self.chooser.choose(ask, prefill, decode, _now_s())
+
+    def _alone(self, ask: Ask, decode: int, prefill_lives: bool) -> Choice | None:
         """On a decode rank that computes the prompt itself, where there is as little of it as is allowed."""
-        limit = self._config.router.prefill_on_decode
-        if limit is None:
+        allowed = self._config.router.prefill_on_decode
+        if allowed is None:
             return None
         choice = self.chooser.choose(ask, None, decode, _now_s())
-        return choice if choice.decode.uncached_tokens <= limit.max_uncached_tokens else None
+        return choice if choice.decode.uncached_tokens <= allowed.limit(prefill_lives) else None
 
-    def _candidates(self, attempt: Attempt) -> tuple[int, int]:
-        """Masks of the prefill ranks, 0 where workers do both, and of the others."""
+    def _is_short(self, attempt: Attempt, ask: Ask, prefill_lives: bool) -> bool:
+        """Whether it needs no prefill worker, were no rank busy."""
+        return self._alone(ask, self._mask(Role.DECODE, attempt), prefill_lives) is not None
+
+    def _no_prefill(self) -> NotReady:
+        allowed = self._config.router.prefill_on_decode
+        assert allowed is not None  # else nobody gets as far without one
+        but = f", and decode workers compute prompts of at most {allowed.limit(False)} uncached tokens"
+        return not_ready(self._workers, Role.PREFILL, but)
+
+    def _candidates(self, attempt: Attempt) -> tuple[int | None, int]:
+        """Masks of the prefill ranks and of the others. None: those compute every prompt; 0: there are no prefill
+        ranks at the moment, and short prompts can do without.
+        """
         if self._config.aggregated is not None:
-            return 0, self._mask(Role.AGGREGATED, attempt)
+            return None, self._mask(Role.AGGREGATED, attempt)
+        if self._config.router.prefill_on_decode is not None and not self._workers.of_role(Role.PREFILL):
+            return 0, self._mask(Role.DECODE, attempt)
         return self._mask(Role.PREFILL, attempt), self._mask(Role.DECODE, attempt)
 
     def _mask(self, role: Role, attempt: Attempt) -> int:

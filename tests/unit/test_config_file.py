@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from backends.engine import Role
 from dynamo_ray import config_file
-from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.config import DeploymentConfig, PrefillOnDecodeConfig
 from dynamo_ray.errors import ConfigError, Problem
 
 GOOD = """\
@@ -138,6 +138,15 @@ def test_prompts_are_computed_on_decode_workers_only_where_the_engine_can() -> N
         ValidationError, match=r"router\.prefill_on_decode: an `aggregated` worker computes every prompt"
     ):
         DeploymentConfig.model_validate({**given, "aggregated": {}, "backend": "vllm"})
+
+
+def test_without_a_prefill_worker_decode_workers_compute_as_much_as_else_or_more() -> None:
+    for gone, limit in ((None, 256), (256, 256), (4096, 4096)):
+        given = {"max_uncached_tokens": 256, "max_uncached_tokens_without_prefill": gone}
+        made = PrefillOnDecodeConfig.model_validate(given)
+        assert (made.limit(prefill_lives=True), made.limit(prefill_lives=False)) == (256, limit)
+    with pytest.raises(ValidationError, match=r"max_uncached_tokens_without_prefill: 255 is less .* give 256 or more"):
+        PrefillOnDecodeConfig(max_uncached_tokens=256, max_uncached_tokens_without_prefill=255)
 
 
 def test_tensorrt_llm_s_ray_actors_need_a_cpu_each() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from data_path import PROMPT, Cluster, cluster, collect, generation
 
-from backends.engine import Role, Sampling
+from backends.engine import Pause, Resume, Role, Sampling
 from backends.kv_events import KVEventBatch
-from dynamo_ray.errors import DeadlineExceeded, Overloaded, RequestError
+from dynamo_ray.errors import DeadlineExceeded, NotReady, Overloaded, RequestError
 from dynamo_ray.request.generation import Generation
 from dynamo_ray.request.tally import Tally
 from dynamo_ray.routing.explanation import Route
@@ -175,6 +175,54 @@ def test_a_short_prompt_does_not_wait_for_prefill_ranks_that_it_does_not_need() 
                 router.table.free(booking)
             router.room.wake()
             await long
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("halted", [False, True])
+def test_without_a_prefill_worker_the_prompts_that_need_none_are_served(halted: bool) -> None:
+    async def main() -> None:
+        router = {"prefill_on_decode": {"max_uncached_tokens": 50, "max_uncached_tokens_without_prefill": 100}}
+        async with cluster(router=router) as made:
+            expected = {size: await collect(made, asked("before", size=size)) for size in (50, 100)}
+            if halted:
+                await made.control(Pause(), "prefill-0")
+            else:
+                await made.nodes.pop("prefill-0").kill()
+                await asyncio.sleep(0.1)
+            assert (made.dispatch.ready() or "").startswith("no prefill worker is ready")
+            for size, tokens in expected.items():
+                assert await collect(made, asked("after", size=size)) == tokens
+                assert made.dispatch.explain(asked("why", size=size)).prefill is None
+            refusal = "no prefill worker is ready.* decode workers compute prompts of at most 100 uncached tokens"
+            with pytest.raises(NotReady, match=refusal) as refused:
+                await collect(made, asked("long", size=500))
+            assert refused.value.retry_after_s is not None
+            with pytest.raises(NotReady, match=refusal):
+                made.dispatch.explain(asked("why", size=500))
+            if halted:
+                await made.control(Resume(), "prefill-0")
+            else:
+                await made.start("prefill-0", Role.PREFILL, epoch=2)
+                made.announce()
+                await asyncio.sleep(1.0)
+            assert len(await collect(made, asked("long", size=500))) == 20
+            assert made.nodes["prefill-0"].engine.computed_tokens >= 400
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_without_a_prefill_worker_a_short_prompt_waits_while_every_decode_rank_is_busy() -> None:
+    async def main() -> None:
+        async with cluster(router=held() | {"prefill_on_decode": {"max_uncached_tokens": 50}}) as made:
+            await made.nodes.pop("prefill-0").kill()
+            await asyncio.sleep(0.1)
+            first, second = (send(made, asked(name, size=50)) for name in ("first", "second"))
+            await asyncio.sleep(0.01)
+            assert len(made.dispatch.router.room) == 1
+            assert len(await first) == len(await second) == 20
             await made.settle()
 
     clock.run(main())
