@@ -32,12 +32,20 @@ class Deployment:
     Args:
         resources: what is closed with it; others may add to it.
         entry: what other terminals are told of it.
+        keeper: of its private nats-server.
     """
 
-    def __init__(self, checked: CheckedFile, resources: contextlib.ExitStack, entry: state.Running) -> None:
+    def __init__(
+        self,
+        checked: CheckedFile,
+        resources: contextlib.ExitStack,
+        entry: state.Running,
+        keeper: local_nats.Keeper,
+    ) -> None:
         self.checked = checked
         self._resources = resources
         self._entry = entry
+        self._keeper = keeper
         resources.callback(state.remove, entry.pid)
         self.note()
 
@@ -74,6 +82,7 @@ class Deployment:
 
     def kill(self) -> None:
         """End everything of a private Ray at once, without draining. On someone else's Ray nothing is ended."""
+        self._keeper.let_go()
         state.discard(self._entry)
 
     def __enter__(self) -> Deployment:
@@ -126,12 +135,15 @@ def up(
         if address is None:
             state.running()  # for what it ends: a proxy of a killed `up` may sit on the port
             preflight.check(checked, chosen, progress)
-        checked = resources.enter_context(local_nats.provided(checked, folder, private=address is None))
-        deployment = Deployment(checked, resources, _entry(checked, chosen, address, folder))
+        provided = resources.enter_context(local_nats.provided(checked, folder, private=address is None))
+        entry = _entry(provided.checked, chosen, address, folder)
+        deployment = Deployment(provided.checked, resources, entry, provided.keeper)
         prepared(deployment)
         if address is None:
             progress("starting Ray")
             deployment.note(ray_address=resources.enter_context(local_ray.running(folder, nodes, progress)))
+            provided.keeper.keep()
+            resources.callback(provided.keeper.let_go)  # Ray's end ends the server too
             head = "127.0.0.1"
         else:
             head = resources.enter_context(serving.driver(address))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from deployments import ROOT, Deployment, up, wait_until
 
+from dynamo_ray.cli import processes
 from dynamo_ray.cli.local_nats import TOKEN_VARIABLE
 from dynamo_ray.events.nats import wire
 
@@ -30,7 +31,9 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     config = folder / "local-nats.yaml"
     config.write_text(yaml.safe_dump(document))
     with up(config, MODEL, folder / "up.log") as running:
+        mark = server(running).environ()[processes.VARIABLE]
         yield running
+    assert processes.started_by(mark) == []
 
 
 def server(deployment: Deployment) -> psutil.Process:
@@ -65,7 +68,7 @@ def turns(deployment: Deployment, topic: str) -> list[int]:
     return [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found]
 
 
-def test_requests_go_where_their_prefix_is_until_and_after_the_server_is_killed(deployment: Deployment) -> None:
+def test_requests_go_where_their_prefix_is_before_and_after_the_server_is_killed(deployment: Deployment) -> None:
     assert deployment.metric("dynamo_ray_nats_connected") == 1
     assert min(turns(deployment, "rivers")) >= 400
     states = asyncio.run(heard(deployment, "dynamo_ray.local-sim.lifecycle.>"))
@@ -74,8 +77,12 @@ def test_requests_go_where_their_prefix_is_until_and_after_the_server_is_killed(
     stored = [event for m in said if isinstance(m, wire.Events) for event in m.events if isinstance(event, wire.Stored)]
     assert sum(len(event.block_hashes) for event in stored) > 10
     assert deployment.metric("dynamo_ray_peer_replicas") == 1
-    server(deployment).kill()
+    killed = server(deployment)
+    killed.kill()
     for request in range(20):
         assert deployment.complete(f"request {request}", max_tokens=3)["choices"][0]["text"]
-    wait_until(lambda: deployment.metric("dynamo_ray_nats_connected") == 0, 10, "it is noticed")
     assert min(turns(deployment, "rivers")) >= 400  # what was known still is
+    wait_until(lambda: "died and was started again" in deployment.log.read_text(), 10, "it is said")
+    assert server(deployment) != killed
+    wait_until(lambda: deployment.metric("dynamo_ray_nats_connections_total") >= 2, 10, "an ingress is back on it")
+    wait_until(lambda: min(turns(deployment, "seas")) >= 400, 10, "what is said since is known")

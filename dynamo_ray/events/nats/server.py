@@ -58,6 +58,10 @@ class PrivateServer:
         return f"nats://127.0.0.1:{self.port}"
 
     @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
     def log(self) -> Path:
         return self._folder / "nats.log"
 
