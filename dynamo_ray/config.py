@@ -157,6 +157,9 @@ class QueueConfig(_Frozen):
     worker that has limits.max_queued_requests. None: only these."""
     ageing_tokens_per_s: PositiveFloat = 1000.0
     """Under `shortest`, a second of waiting counts as so many tokens fewer: nobody waits for ever."""
+    worker_wait_s: NonNegativeFloat = 60.0
+    """For so long after a role has lost its last worker, requests wait for another: those that come and those that the
+    worker lost. Then, until there is one, they are 503."""
 
 
 class PrefillOnDecodeConfig(_Frozen):

@@ -149,9 +149,9 @@ def _merge(chunks: list[TokenChunk]) -> TokenChunk:
 class WorkerConnection(asyncio.Protocol):
     """A live connection to one incarnation of one worker.
 
-    `on_load(worker_info, loads)` is called at every heartbeat, `on_flush(worker_info)` after a command has emptied its
-    caches, and `on_lost(connection)` once, when the connection has ended: by either side, or because nothing came for
-    `heartbeat_timeout_s`.
+    `on_load(worker_info, loads)` is called at every heartbeat, `on_turn()` when the worker begins or ceases to take new
+    requests though it lives, `on_flush(worker_info)` after a command has emptied its caches, and `on_lost(connection)`
+    once, when the connection has ended: by either side, or because nothing came for `heartbeat_timeout_s`.
     """
 
     def __init__(
@@ -160,6 +160,7 @@ class WorkerConnection(asyncio.Protocol):
         secret: bytes,
         heartbeat_timeout_s: float,
         on_load: Callable[[wire.WorkerInfo, tuple[RankLoad, ...]], None],
+        on_turn: Callable[[], None],
         on_flush: Callable[[wire.WorkerInfo], None],
         on_lost: Callable[[WorkerConnection], None],
     ) -> None:
@@ -172,7 +173,7 @@ class WorkerConnection(asyncio.Protocol):
         self._flushes: int | None = None
         self._secret = secret
         self._timeout_s = heartbeat_timeout_s
-        self._on_load, self._on_flush, self._on_lost = on_load, on_flush, on_lost
+        self._on_load, self._on_turn, self._on_flush, self._on_lost = on_load, on_turn, on_flush, on_lost
         self._nonce = secrets.token_bytes(wire.NONCE_BYTES)
         self._reader = wire.FrameReader(wire.MAX_WELCOME_BYTES)
         self._streams: dict[str, TokenStream] = {}
@@ -272,7 +273,9 @@ class WorkerConnection(asyncio.Protocol):
             self.close()
 
     def _heard(self, heartbeat: wire.Heartbeat) -> None:
-        self.draining, self.paused = heartbeat.draining, heartbeat.paused
+        if (self.draining, self.paused) != (heartbeat.draining, heartbeat.paused):
+            self.draining, self.paused = heartbeat.draining, heartbeat.paused
+            self._on_turn()
         flushes, self._flushes = self._flushes, heartbeat.flushes
         if flushes is not None and flushes != heartbeat.flushes:
             self._on_flush(self.info)

@@ -48,7 +48,11 @@ class Dispatch:
         self.membership: Membership | None = None
         self._watch = watch
         self._follower: asyncio.Task[None] | None = None
-        self.workers = Workers(config.limits.heartbeat_timeout_s, self._up, self._down, self._heard, self._flushed)
+        self._known: dict[str, EngineInfo] = {}
+        """Of each worker the newest engine there was, though it may be gone."""
+        self.workers = Workers(
+            config.limits.heartbeat_timeout_s, self._up, self._down, self._heard, self._turned, self._flushed
+        )
         self.router = Router(config, self.workers)
         table, wake, anomalies = self.router.table, self.router.room.wake, self.router.index.anomalies
         self.events = event_plane(config, app, self.router, self._resync, anomalies)
@@ -80,10 +84,10 @@ class Dispatch:
 
     @property
     def max_model_len(self) -> int:
-        """The smallest of all workers', in tokens.
+        """The smallest of all workers', in tokens; while there are none, of the last ones.
 
         Raises:
-            NotReady: No worker is there yet to say.
+            NotReady: No worker was there yet to say.
         """
         return min(info.max_model_len for info in self._engines())
 
@@ -129,7 +133,7 @@ class Dispatch:
 
     def _engines(self) -> list[EngineInfo]:
         engines = [c.info.engine for role in self.config.roles for c in self.workers.of_role(role)]
-        if not engines:
+        if not engines and not (engines := list(self._known.values())):
             raise NotReady(self.ready() or "no worker is ready", retry_after_s=5.0)
         return engines
 
@@ -155,6 +159,7 @@ class Dispatch:
             self.workers.reconcile(membership)
 
     def _up(self, info: WorkerInfo) -> None:
+        self._known[info.worker] = info.engine
         self.router.up(info)
         if self.config.events != "none":
             self.events.subscribe(info.worker, info.epoch, info.engine.kv_event_sources)
@@ -165,6 +170,9 @@ class Dispatch:
 
     def _heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
         self.router.heard(info, loads)
+
+    def _turned(self) -> None:
+        self.router.turned()
 
     def _flushed(self, info: WorkerInfo) -> None:
         self.router.flushed(info)

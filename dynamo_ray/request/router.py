@@ -17,6 +17,7 @@ from backends.engine import Feature, RankLoad, Role
 from backends.kv_events import KVEventBatch
 from dynamo_ray.config import DeploymentConfig, QueueConfig
 from dynamo_ray.errors import NotReady
+from dynamo_ray.request.absence import Absence
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed, WorkerConnection
 from dynamo_ray.request.eligible import eligible, not_ready
@@ -97,7 +98,8 @@ class Router:
         most = config.limits.max_queued_requests
         self._occupancy = Occupancy(self.chooser.ranks, self.table, queue.busy_requests or most, most)
         self.tally = Tally()
-        self._known: dict[str, WorkerInfo] = {}
+        wait_s = queue.worker_wait_s if self._held else 0.0
+        self._absence = Absence(workers, config.roles, wait_s, partial(self.room.wake, come=True))
 
     @property
     def num_legs(self) -> Counter[Holder]:
@@ -108,7 +110,7 @@ class Router:
         facts = self._facts(info)
         self.chooser.up(facts)
         self._occupancy.up(facts)
-        self._known[info.worker] = info
+        self._absence.came(info.role)
         if facts.caches_prefixes and not facts.tells_events and self.chooser.policy.reads_overlap:
             log.log(
                 logging.INFO if self._config.events == "none" else logging.WARNING,
@@ -116,19 +118,16 @@ class Router:
                 info.worker,
                 self.chooser.guesses.ttl_s,
             )
-        self.room.wake()
+        self.room.wake(come=True)
 
     def down(self, info: WorkerInfo) -> None:
-        if self._known.get(info.worker) == info:
-            del self._known[info.worker]
         self.chooser.down(info.worker, info.epoch)
-        allowed = self._config.router.prefill_on_decode
-        if allowed is not None and info.role is Role.PREFILL and not self._workers.of_role(Role.PREFILL):
-            log.warning(
-                "no prefill worker is left: until one is, decode workers compute prompts of at most %d uncached tokens",
-                allowed.limit(prefill_lives=False),
-            )
+        self._absence.went(info.role)
         self.room.wake()
+
+    def turned(self) -> None:
+        """A worker has begun or ceased to take requests, though it lives."""
+        self.room.wake(come=True)
 
     def heard(self, info: WorkerInfo, loads: tuple[RankLoad, ...]) -> None:
         for load in loads:
@@ -162,7 +161,7 @@ class Router:
         """Choose and book, as soon as there are ranks that are not busy; leaving frees the bookings.
 
         Raises:
-            NotReady: A role that it needs has no live worker.
+            NotReady: A role that it needs has no live worker, and none came in time.
             InvalidRequest: None of a role's has what is asked for.
             Overloaded: Every worker of a role refused this request for lack of room, or too many wait already.
             DeadlineExceeded: It waited until then.
@@ -197,9 +196,14 @@ class Router:
     def _go(
         self, attempt: Attempt, ask: Ask, in_words: bool, short: Callable[[bool], bool], kept: int
     ) -> Placement | Busy:
-        prefill, decode = self._candidates(attempt)
-        if prefill == 0 and not short(False):
-            raise self._no_prefill()
+        try:
+            prefill, decode = self._candidates(attempt)
+            if prefill == 0 and not short(False):
+                raise self._no_prefill()
+        except NotReady:
+            if not self._absence.awaited(waiting=True):
+                raise
+            return Busy(0, everyone=self._nobody_else(0))
         busy = kept | self._occupancy.busy(len(ask.token_ids)) if self._held else kept
         free, free_decode = None if prefill is None else prefill & ~busy, decode & ~busy
         choice = None
@@ -222,8 +226,11 @@ class Router:
 
     def _nobody_else(self, stuck: int) -> bool:
         """Whether a whole role is stuck which every request needs."""
-        others = {info.role for info in self._known.values() if self.chooser.mask(info.worker) & ~stuck}
-        needed = self._config.roles.keys() - others
+        needed = {
+            role
+            for role in self._config.roles
+            if not any(self.chooser.mask(c.info.worker) & ~stuck for c in self._workers.of_role(role))
+        }
         return bool(needed - {Role.PREFILL} if self._config.router.prefill_on_decode else needed)
 
     def _choose(self, ask: Ask, prefill: int | None, decode: int) -> Choice:
@@ -281,8 +288,13 @@ class Router:
         return Ask(attempt.token_ids, seed, request.sampling.max_tokens, request.session, request.priority)
 
     def _ticket(self, attempt: Attempt, ask: Ask) -> Ticket:
-        choice = self._choose(ask, *self._candidates(attempt))
-        uncached_tokens = (choice.prefill or choice.decode).uncached_tokens
+        try:
+            choice = self._choose(ask, *self._candidates(attempt))
+            uncached_tokens = (choice.prefill or choice.decode).uncached_tokens
+        except NotReady:
+            if not self._absence.awaited(waiting=False):
+                raise
+            uncached_tokens = len(ask.token_ids)
         return Ticket(attempt.request.priority, uncached_tokens, attempt.arrived_s)
 
     def _target(self, pick: Pick) -> Target:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from dynamo_ray.config import QueueConfig
-from dynamo_ray.errors import NotReady, Overloaded
+from dynamo_ray.errors import Overloaded
 from dynamo_ray.request.queue import Line, Ticket
 from dynamo_ray.telemetry import Reading
 
@@ -28,7 +28,7 @@ class Busy:
     """Every rank that a request could use in some role is busy."""
 
     ranks: int
-    """Those, as a mask: whoever stands behind it in the line leaves them alone."""
+    """Those, as a mask: whoever stands behind it in the line leaves them alone. 0: there are none at the moment."""
     everyone: bool = False
     """Nobody else could use any other rank in that role, so that nobody behind needs to be looked at."""
 
@@ -37,8 +37,7 @@ Go = Callable[[int], T | Busy]
 """Takes what it needs of the ranks outside a mask, at once or not at all.
 
 Raises:
-    NotReady: There are no such ranks at the moment.
-    RequestError: There will never be.
+    RequestError: There will be no such ranks, or not soon.
 """
 
 
@@ -58,7 +57,7 @@ class WaitingRoom(Generic[T]):
     """Lets requests go in order, each as soon as its `go` takes something.
 
     `give_back` is called with what was taken for a request that has left in the same moment. Nothing here polls:
-    whoever frees a rank, or hears that one is free, calls `wake`.
+    whoever frees a rank, or hears that one is free or has come, calls `wake`.
     """
 
     def __init__(self, config: QueueConfig, give_back: Callable[[T], None]) -> None:
@@ -79,7 +78,7 @@ class WaitingRoom(Generic[T]):
         """What `go` takes, when it is this request's turn; leaving (cancelled, or failed) takes nothing.
 
         Args:
-            ticket: what its place depends on; asked for only if it has to wait.
+            ticket: what its place depends on; asked for only if it has to wait, and raises if it may not.
             deadline_s: on the loop's clock; one whose predicted wait goes beyond is refused at once.
             again: it was let go before, and is never refused.
 
@@ -87,7 +86,7 @@ class WaitingRoom(Generic[T]):
             Overloaded: The line is full, or the wait too long; says when to come again. A full line makes room for a
                 greater priority by refusing who is last in it.
             TimeoutError: The deadline has passed.
-            RequestError: What `go` raises; NotReady only while nobody waits.
+            RequestError: What `go` or `ticket` raises.
         """
         if not self._line:
             taken = go(0)
@@ -112,8 +111,11 @@ class WaitingRoom(Generic[T]):
             self._line.leave(place)
             self.waited_s += loop.time() - began_s
 
-    def wake(self) -> None:
-        """Something may be free: look, as soon as the caller is done."""
+    def wake(self, come: bool = False) -> None:
+        """Something may be free: look, as soon as the caller is done. `come`: there may be other ranks than before."""
+        if come:
+            for _, waiter in self._line:
+                waiter.stuck_until_s = 0.0
         if self._line and not self._woken:
             self._woken = True
             asyncio.get_running_loop().call_soon(self._look)
@@ -135,8 +137,6 @@ class WaitingRoom(Generic[T]):
                 continue
             try:
                 taken = waiter.go(kept)
-            except NotReady:
-                stuck += 1  # its workers may come back
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends this request, and nobody behind it
                 self._line.leave(place)
                 waiter.came.set_exception(error)
@@ -170,13 +170,13 @@ class WaitingRoom(Generic[T]):
         if wait_s is not None and wait_s > remaining_s:
             self.num_refused += 1
             raise Overloaded(
-                f"every rank is busy, and the wait of about {wait_s:.1f} s goes beyond this request's deadline",
+                f"no rank is free, and the wait of about {wait_s:.1f} s goes beyond this request's deadline",
                 retry_after_s=retry_after_s,
             )
         if self._line.full:
             self.num_refused += 1
             full = Overloaded(
-                f"every rank is busy, and {len(self._line)} requests wait already", retry_after_s=retry_after_s
+                f"no rank is free, and {len(self._line)} requests wait already", retry_after_s=retry_after_s
             )
             last = self._line.last_behind(ticket.priority)
             if last is None or last[1].again:

@@ -24,7 +24,8 @@ class Workers:
     """Connections to every worker of the newest membership.
 
     `on_up` is called when a worker can take requests, `on_down` when it no longer can; each `on_up` is followed
-    by at most one `on_down` of the same incarnation before the next. `on_load` and `on_flush` are a connection's.
+    by at most one `on_down` of the same incarnation before the next. `on_load`, `on_turn` and `on_flush` are a
+    connection's.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class Workers:
         on_up: Callable[[WorkerInfo], None],
         on_down: Callable[[WorkerInfo], None],
         on_load: Callable[[WorkerInfo, tuple[RankLoad, ...]], None],
+        on_turn: Callable[[], None],
         on_flush: Callable[[WorkerInfo], None],
     ) -> None:
         self._timeout_s = heartbeat_timeout_s
-        self._on_up, self._on_down, self._on_load, self._on_flush = on_up, on_down, on_load, on_flush
+        self._on_up, self._on_down = on_up, on_down
+        self._on_load, self._on_turn, self._on_flush = on_load, on_turn, on_flush
         self._live: dict[str, WorkerConnection] = {}
         """By name, in order."""
         self._keepers: dict[Key, asyncio.Task[None]] = {}
@@ -82,7 +85,13 @@ class Workers:
         while True:
             lost = asyncio.Event()
             connection = WorkerConnection(
-                info, secret, self._timeout_s, self._on_load, self._on_flush, partial(self._lost, lost)
+                info,
+                secret,
+                self._timeout_s,
+                self._on_load,
+                self._on_turn,
+                self._on_flush,
+                partial(self._lost, lost),
             )
             try:
                 await connection.connect()

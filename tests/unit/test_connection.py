@@ -34,6 +34,7 @@ class Ingress:
             secret,
             5.0,
             lambda _info, loads: self.loads.append(loads),
+            lambda: None,
             self.flushed.append,
             self.lost.append,
         )

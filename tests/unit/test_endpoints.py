@@ -30,7 +30,7 @@ class Connected(Workers):
     """Every endpoint of both workers, as if it had just connected."""
 
     def __init__(self) -> None:
-        super().__init__(5.0, lambda _: None, lambda _: None, lambda _info, _loads: None, lambda _: None)
+        super().__init__(5.0, lambda _: None, lambda _: None, lambda _info, _loads: None, lambda: None, lambda _: None)
         self.infos = [
             WorkerInfo(endpoint_name(worker, rank), 1, "127.0.0.1:1", ENGINE)
             for worker in ("aggregated-0", "aggregated-1")
@@ -39,7 +39,7 @@ class Connected(Workers):
 
     def of_role(self, role: Role) -> list[WorkerConnection]:
         made = [
-            WorkerConnection(info, b"", 5.0, lambda _info, _loads: None, lambda _: None, lambda _: None)
+            WorkerConnection(info, b"", 5.0, lambda _info, _loads: None, lambda: None, lambda _: None, lambda _: None)
             for info in self.infos
         ]
         return made if role is Role.AGGREGATED else []

@@ -228,6 +228,96 @@ def test_without_a_prefill_worker_a_short_prompt_waits_while_every_decode_rank_i
     clock.run(main())
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode", "aggregated"])
+def test_a_request_that_lost_its_worker_and_one_that_comes_both_wait_for_the_next_worker(role: str) -> None:
+    async def main() -> None:
+        prefill = int(role != "aggregated")
+        name = "decode-0" if role == "aggregated" else f"{role}-0"
+        async with cluster(prefill, router=held(), step_s=0.05, prefill_tokens_per_s=200.0) as made:
+            expected = await collect(made, asked("before"))
+            lost = send(made, asked("lost"))
+            await asyncio.sleep(0.1)
+            await made.nodes.pop(name).kill()
+            made.announce()
+            await asyncio.sleep(0.1)
+            new = send(made, asked("new", size=101))
+            await asyncio.sleep(30.0)
+            assert len(made.dispatch.router.room) == 2
+            assert not lost.done()
+            assert made.dispatch.max_model_len > 0, "the front still knows what fits"
+            await made.start(name, Role(role), epoch=2, step_s=0.05, prefill_tokens_per_s=200.0)
+            made.announce()
+            await asyncio.wait((lost, new), return_when=asyncio.FIRST_COMPLETED)
+            assert (lost.done(), new.done()) == (True, False), "it came first"
+            assert asyncio.get_running_loop().time() < 34.0
+            assert lost.result() == expected
+            assert len(await new) == 20
+            await made.settle()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize(("queue", "wait_s"), [({}, 60.0), ({"worker_wait_s": 5.0}, 5.0), (None, 0.0)])
+def test_a_worker_that_does_not_come_is_waited_for_no_longer_than_configured(
+    queue: dict[str, Any] | None, wait_s: float
+) -> None:
+    async def main() -> None:
+        clock_s = asyncio.get_running_loop().time
+        async with cluster(prefill=0, router={"queue": queue}, step_s=0.05) as made:
+            lost = send(made, asked("lost"))
+            await asyncio.sleep(0.1)
+            await made.nodes.pop("decode-0").kill()
+            died_s = clock_s()
+            await asyncio.sleep(0.01)
+            new = send(made, asked("new"))
+            with pytest.raises(NotReady, match="no aggregated worker is ready"):
+                await lost
+            assert clock_s() == pytest.approx(died_s + wait_s, abs=0.1)
+            for request in (new, send(made, asked("late"))):
+                with pytest.raises(NotReady):
+                    await request
+            assert clock_s() == pytest.approx(died_s + wait_s, abs=0.1), "nobody waits any more"
+            await made.start("decode-0", Role.AGGREGATED, epoch=2)
+            made.announce()
+            await asyncio.sleep(1.0)
+            assert len(await collect(made, asked("after"))) == 20
+            await made.settle()
+
+    clock.run(main())
+
+
+def test_a_role_that_never_had_a_worker_is_not_waited_for() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0) as other:
+            made = Cluster(other.config)
+            await made.dispatch.start()
+            with pytest.raises(NotReady, match="no aggregated worker is ready"):
+                await collect(made, asked("early"))
+            assert asyncio.get_running_loop().time() < 1.0
+            await made.dispatch.close()
+
+    clock.run(main())
+
+
+def test_who_waits_goes_on_waiting_while_workers_are_halted_and_newcomers_are_told_to_come_again() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, router=held(), step_s=0.05) as made:
+            running = send(made, asked("running"))
+            await asyncio.sleep(0.01)
+            waiting = send(made, asked("waiting"))
+            await asyncio.sleep(0.01)
+            await made.control(Pause())
+            with pytest.raises(NotReady, match="decode-0 is paused"):
+                await collect(made, asked("new"))
+            await asyncio.sleep(100.0)
+            assert not waiting.done()
+            await made.control(Resume())
+            assert len(await running) == len(await waiting) == 20
+            await made.settle()
+
+    clock.run(main())
+
+
 def test_who_waits_for_a_prefill_rank_has_it_as_soon_as_a_prompt_is_computed() -> None:
     async def main() -> None:
         async with cluster(prefill=1, decode=2, router=held(), step_s=0.05) as made:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynamo_ray.config import QueueConfig
-from dynamo_ray.errors import InvalidRequest, NotReady, Overloaded
+from dynamo_ray.errors import InvalidRequest, Overloaded
 from dynamo_ray.request.queue import Ticket
 from dynamo_ray.request.waiting import ASK_AGAIN_S, LOOK_AHEAD, Busy, WaitingRoom
 from dynamo_ray.simulator import clock
@@ -26,7 +26,7 @@ class Ranks:
     def wants(self, mask: int) -> Callable[[int], int | Busy]:
         def go(kept: int) -> int | Busy:
             if not self.up:
-                raise NotReady("no worker")
+                return Busy(0, everyone=True)
             usable = self.free & mask & ~kept
             if not usable:
                 return Busy(mask)
@@ -125,6 +125,29 @@ def test_ranks_that_come_are_within_a_second_for_those_too_who_were_passed_over(
         await turn()
         assert (first.done(), late.done()) == (False, True)
         first.cancel()
+
+    clock.run(main())
+
+
+def test_who_waits_for_ranks_that_are_not_there_yet_has_them_when_they_come_and_those_behind_go_on() -> None:
+    async def main() -> None:
+        ranks, come = Ranks(free=0), [False]
+
+        def go(kept: int) -> int | Busy:
+            return ranks.wants(0b01)(kept) if come[0] else Busy(0)
+
+        waiting = [asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 0, 0.0), 60.0)) for _ in range(40)]
+        other = ranks.enter(0b10)
+        await turn()
+        ranks.release(0b10)
+        await turn()
+        assert other.done()
+        come[0], ranks.free = True, 0b01
+        ranks.room.wake(come=True)
+        await turn()
+        assert [task.done() for task in waiting] == [True] + [False] * 39
+        for task in waiting:
+            task.cancel()
 
     clock.run(main())
 
