@@ -60,7 +60,7 @@ def read_topology(text: str) -> Topology:
         return from_shorthand(text)
     path = Path(text)
     if not path.is_file():
-        raise TopologyError((f"topology {text!r}: there is no such file, and it is no shorthand like {EXAMPLES}",))
+        raise TopologyError((f"{text!r}: there is no such file, and it is no shorthand like {EXAMPLES}",))
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dynamo_ray.cli import load, state
-from dynamo_ray.cli.checked import check_file
+from dynamo_ray.cli.checked import check_file, check_url
 from dynamo_ray.errors import PreflightError, Problem, StartError
 
 PROBE_CHARACTERS = 4096
@@ -79,14 +79,13 @@ def target(file: Path | None, url: str | None, model: str | None, api_key: str |
 
     Raises:
         PreflightError: It is not known where, or what is served there.
-        ConfigError: The file is wrong.
+        ConfigError: The file or the URL is wrong.
     """
     if file is not None:
         config = check_file(file).applications[0].config
         model = model or config.model.name
         api_key = api_key or next(iter(config.api_keys), None)
-    if url is None:
-        url = _running(file)
+    url = _running(file) if url is None else check_url("--url", url)
     if model is None:
         model = _served(url, api_key)
     return load.Target(url, model, api_key)

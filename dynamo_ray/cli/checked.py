@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dynamo_ray import config_file
 from dynamo_ray.config_file import Application, Document
@@ -52,6 +53,18 @@ def check_reachable(checked: CheckedFile) -> None:
             problems.append(Problem(field, "null leaves no way in; write a path such as /"))
     if problems:
         raise ConfigError(tuple(problems))
+
+
+def check_url(option: str, url: str) -> str:
+    """The URL. Raises ConfigError, at that option, where it is none that a deployment could be at."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0 or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError((Problem(option, f"{url!r} is no URL of a deployment; write http://host:port"),))
+    return url
 
 
 def check_file(path: Path) -> CheckedFile:

@@ -164,8 +164,6 @@ def up(
     from dynamo_ray.cli.processes import PeakMemory
     from dynamo_ray.cli.up import up as start
 
-    if topology is not None and not fake_cluster:
-        raise PreflightError((Problem("--topology", "only --fake-cluster makes nodes; add it, or leave this out"),))
     began_s = started_at if started_at is not None else psutil.Process().create_time()
     interrupts = Interrupts()
     memory: PeakMemory | None = None

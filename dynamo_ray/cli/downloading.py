@@ -9,7 +9,7 @@ from pathlib import Path
 from backends import model_folder
 from dynamo_ray import models
 from dynamo_ray.cli.checked import check_file
-from dynamo_ray.errors import PreflightError, Problem, StartError
+from dynamo_ray.errors import ConfigError, Problem, StartError
 from dynamo_ray.models.download import GIB, download
 from dynamo_ray.models.sources import Source, source
 
@@ -29,24 +29,23 @@ def wanted(what: str, folder: Path | None, other: str | None) -> list[Wanted]:
         other: the source, in place of the file's `model.name`.
 
     Raises:
-        PreflightError: The folder is missing, or given twice.
-        ConfigError: The file is wrong.
+        ConfigError: The file is wrong, or the folder is missing or given twice.
     """
     if not what.endswith((".yaml", ".yml")):
         if folder is None:
-            raise PreflightError((Problem("FOLDER", f"say where {what} is to be put"),))
+            raise ConfigError((Problem("FOLDER", f"say where {what} is to be put"),))
         if other is not None:
-            raise PreflightError((Problem("--from", "only beside a file; here the source is given already"),))
+            raise ConfigError((Problem("--from", "only beside a file; here the source is given already"),))
         return [Wanted(what, folder)]
     if folder is not None:
-        raise PreflightError((Problem("FOLDER", f"{what} says it (model.path); leave it out"),))
+        raise ConfigError((Problem("FOLDER", f"{what} says it (model.path); leave it out"),))
     found = [
         Wanted(other or application.config.model.name, application.config.model.folder)
         for application in check_file(Path(what)).applications
         if models.key_of(application.config.model.folder) is None
     ]
     if not found:
-        raise PreflightError((Problem(what, "its models are made here, not downloaded (`dynamo-ray model`)"),))
+        raise ConfigError((Problem(what, "its models are made here, not downloaded (`dynamo-ray model`)"),))
     return found
 
 
@@ -54,13 +53,13 @@ def run(one: Wanted, revision: str | None, exclude: Sequence[str], say: Callable
     """Download it, then look at it as an engine's start would.
 
     Raises:
-        PreflightError: It is no source.
+        ConfigError: It is no source.
         StartError: It cannot be had; says what to do.
     """
     try:
         where: Source = source(one.source, revision, exclude)
     except models.ModelError as error:
-        raise PreflightError((Problem("SOURCE", str(error)),)) from error
+        raise ConfigError((Problem("SOURCE", str(error)),)) from error
     try:
         num_bytes = download(where, one.folder, say)
     except (models.ModelError, OSError) as error:

@@ -14,7 +14,7 @@ from dynamo_ray.cli.checked import CheckedFile
 from dynamo_ray.cluster.workload import worker_groups
 from dynamo_ray.config import DeploymentConfig, RoleConfig
 from dynamo_ray.config_file import IMPORT_PATH, Application
-from dynamo_ray.errors import ConfigError, PreflightError, Problem
+from dynamo_ray.errors import ConfigError, Problem
 from placement.cluster_file import read_topology
 from placement.gpus import GpuType, gpu_type
 from placement.plan import PlacementError, WorkerGroup, plan
@@ -71,7 +71,7 @@ def fake_cluster(checked: CheckedFile, shape: str | None) -> FakeCluster:
         shape: a shorthand such as 13x8xH100, or a topology file; None: as few nodes as its workers fit on.
 
     Raises:
-        ConfigError: An application asks for no GPU, or fits on no such cluster.
+        ConfigError: An application asks for no GPU, the shape is none, or it does not fit there.
     """
     for application in checked.applications:
         if application.config.accelerator == NO_ACCELERATOR:
@@ -153,7 +153,7 @@ def _given(shape: str, checked: CheckedFile) -> Topology:
     try:
         topology = read_topology(shape)
     except TopologyError as error:
-        raise PreflightError(tuple(Problem("--topology", problem) for problem in error.problems)) from error
+        raise ConfigError(tuple(Problem("--topology", problem) for problem in error.problems)) from error
     problem = _misfit(topology, checked)
     if problem is not None:
         raise ConfigError((problem,))
@@ -178,11 +178,11 @@ def _to_measure(checked: CheckedFile) -> Topology:
 def _gpu(kinds: set[str]) -> GpuType:
     if len(kinds) > 1:
         message = f"say what nodes there are: the file asks for {', '.join(sorted(kinds))}"
-        raise PreflightError((Problem("--topology", message),))
+        raise ConfigError((Problem("--topology", message),))
     try:
         return gpu_type(kinds.pop())
     except ValueError as error:
-        raise PreflightError((Problem("--topology", f"say what nodes there are: {error}"),)) from error
+        raise ConfigError((Problem("--topology", f"say what nodes there are: {error}"),)) from error
 
 
 def _uniform(gpu: GpuType, num_nodes: int) -> Topology:

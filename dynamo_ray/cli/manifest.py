@@ -73,7 +73,7 @@ def _shapes(checked: CheckedFile, model_config: Path | None) -> dict[str, ModelS
     found: dict[str, ModelShape] = {}
     for application in checked.applications:
         config = application.config
-        shape = read_shape(model_config) if model_config is not None else shape_of(config)[0]
+        shape = read_shape(model_config, "--model-config") if model_config is not None else shape_of(config)[0]
         if shape is not None:
             found[config.model.name] = shape
     return found
@@ -85,7 +85,7 @@ def _misfits(application: Application, topology: str | None, shape: ModelShape |
         plan(application.config, topology or _asked_for(application), shape=shape)
     except ConfigError as error:
         for problem in error.problems:
-            field = problem.field if problem.field.startswith("topology") else f"{path}.{problem.field}"
+            field = "--topology" if problem.field == "topology" else f"{path}.{problem.field}"
             yield Problem(field, problem.message)
 
 

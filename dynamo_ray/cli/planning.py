@@ -50,7 +50,7 @@ def layouts(file: Path, given: Given) -> Iterator[tuple[str, Layout]]:
         raise ConfigError((Problem("--kv-dtype", f"{given.kv_dtype!r} is none of {', '.join(KvDtype)}"),))
     kv_dtype = None if given.kv_dtype is None else KvDtype(given.kv_dtype)
     assumed = Assumptions(given.mem_fraction, kv_dtype, given.prompt_tokens, given.answer_tokens)
-    shape = None if given.model_config is None else read_shape(given.model_config)
+    shape = None if given.model_config is None else read_shape(given.model_config, "--model-config")
     for application in check_file(file).applications:
         try:
             cluster = given.topology or _live(str(given.address), application.config)
@@ -95,8 +95,10 @@ def _live(address: str, config: DeploymentConfig) -> Topology:
 
 
 def _under(path: str, problem: Problem) -> Problem:
-    field = problem.field if problem.field.startswith(("topology", "--")) else f"{path}.{problem.field}"
-    return Problem(field, problem.message)
+    """The argument of `plan` is the option here; all else is the application's."""
+    if problem.field == "topology":
+        return Problem("--topology", problem.message)
+    return problem if problem.field.startswith("--") else Problem(f"{path}.{problem.field}", problem.message)
 
 
 def _workers(layout: Layout) -> Table:

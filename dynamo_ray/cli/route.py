@@ -37,8 +37,10 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Ask a running deployment where a prompt would go, and why; nothing is generated, nothing is counted."""
-    from dynamo_ray.cli.checked import check_file
+    from dynamo_ray.cli.checked import check_file, check_url
 
+    if url is not None:
+        check_url("--url", url)
     checked = check_file(file)
     applications, roots = checked.applications, checked.urls(_root(file, checked.host, checked.port))
     if len(applications) > 1 and url is not None:

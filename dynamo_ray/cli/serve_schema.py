@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from dynamo_ray.config_file import IMPORT_PATH, Document, Place, problems_of, unknown_key, unknown_keys
+from dynamo_ray.config_file import IMPORT_PATH, Document, Place, known_keys, problems_of, unknown_key, unknown_keys
 from dynamo_ray.errors import Problem
 
+KEYS = known_keys(ServeDeploySchema)
 DEPLOYMENTS = ("Ingress", "Orchestrator")
 _OURS = frozenset({"args"})
 """Checked by config_file, against DeploymentConfig."""
@@ -19,6 +21,8 @@ def check(document: Document) -> list[Problem]:
     """Every mistake outside our applications' `args`."""
     if not isinstance(document.value, dict):
         return [document.problem((), "is not a mapping; a file starts with `applications:`")]
+    if document.value and not any(get_close_matches(str(key), KEYS, n=1) for key in document.value):
+        return [document.problem((), "has no key of a `serve run` file; such a file starts with `applications:`")]
     problems = list(unknown_keys(document, (), ServeDeploySchema, document.value, _OURS))
     try:
         ServeDeploySchema.model_validate(document.value)

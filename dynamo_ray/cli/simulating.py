@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -50,8 +50,13 @@ def reports(file: Path, given: Given) -> Iterator[Report]:
     trace, models = _trace(given), _models(config, given.rank)
     slo = Slo()
     slo = Slo(given.ttft_s or slo.ttft_s, given.itl_s or slo.itl_s)
-    for policy in given.policies or (config.router.policy,):
-        yield simulate(config, trace, policy=policy, rate=given.rate, models=models, slo=slo)
+    for policy in given.policies or (None,):
+        try:
+            yield simulate(config, trace, policy=policy, rate=given.rate, models=models, slo=slo)
+        except ConfigError as error:
+            if policy is None:
+                raise
+            raise ConfigError(tuple(Problem("--policy", problem.message) for problem in error.problems)) from error
 
 
 def _trace(given: Given) -> tuple[TraceRequest, ...]:
@@ -74,18 +79,26 @@ def _models(config: DeploymentConfig, rank: str | None) -> dict[Role, RankModel]
             raise ConfigError(tuple(Problem("--rank", problem.message) for problem in error.problems)) from error
     pairs = [pair.partition("=") for pair in rank.split(",")]
     said = {key.strip(): value.strip() for key, _, value in pairs}
-    known = {field.name for field in dataclasses.fields(RankModel)}
-    if unknown := said.keys() - known:
+    known = get_type_hints(RankModel)
+    if unknown := said.keys() - known.keys():
         message = f"{', '.join(sorted(unknown))}: unknown; write name=number,... of {', '.join(sorted(known))}"
         raise ConfigError((Problem("--rank", message),))
     models = {}
-    for role in config.roles:
-        base = dataclasses.asdict(rank_model(config, role) if config.backend == "simulated" else RankModel())
-        try:
-            models[role] = msgspec.convert(base | said, RankModel, strict=False)
-        except (msgspec.ValidationError, ValueError) as error:
-            raise ConfigError((Problem("--rank", str(error)),)) from error
+    try:
+        changes: dict[str, Any] = {key: _number(key, value, known[key]) for key, value in said.items()}
+        for role in config.roles:
+            base = rank_model(config, role) if config.backend == "simulated" else RankModel()
+            models[role] = dataclasses.replace(base, **changes)
+    except ValueError as error:
+        raise ConfigError((Problem("--rank", str(error)),)) from error
     return models
+
+
+def _number(key: str, text: str, kind: type[float]) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{key}: {text!r} is no {'whole ' if kind is int else ''}number; write {key}=...") from None
 
 
 def show(made: Iterator[Report], in_json: bool) -> None:

@@ -14,10 +14,10 @@ import yaml
 
 from dynamo_ray.cli import local_nats, local_ray, preflight, serving, state
 from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable
-from dynamo_ray.cli.fake_cluster import FakeCluster, fake_cluster
+from dynamo_ray.cli.fake_cluster import fake_cluster
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.config_file import IMPORT_PATH
-from dynamo_ray.errors import PreflightError, Problem
+from dynamo_ray.errors import ConfigError, Problem
 from dynamo_ray.request.membership import WorkerStatus
 
 TEARDOWN_MARGIN_S = 30.0
@@ -118,10 +118,14 @@ def up(
         prepared: given the deployment before anything is started, for who must be able to end it early.
 
     Raises:
-        ConfigError: The file is wrong.
+        ConfigError: The file or an argument is wrong.
         PreflightError: The machine is not ready.
         StartError: Something died while starting.
     """
+    if topology is not None and not fake_nodes:
+        raise ConfigError((Problem("--topology", "only --fake-cluster makes nodes; add it, or leave this out"),))
+    if fake_nodes and address is not None:
+        raise ConfigError((Problem("--address", "a fake cluster is a private one; leave one of the two out"),))
     resources = contextlib.ExitStack()
     try:
         folder = resources.enter_context(local_ray.scratch())
@@ -129,7 +133,7 @@ def up(
         check_reachable(checked)
         nodes: list[dict[str, Any]] = []
         if fake_nodes:
-            fake = _faked(checked, topology, address)
+            fake = fake_cluster(checked, topology)
             checked, nodes = fake.checked, fake.node_options()
         chosen = checked.port if port is None else port
         if address is None:
@@ -152,12 +156,6 @@ def up(
         resources.close()
         raise
     return deployment
-
-
-def _faked(checked: CheckedFile, topology: str | None, address: str | None) -> FakeCluster:
-    if address is not None:
-        raise PreflightError((Problem("--address", "a fake cluster is a private one; leave one of the two out"),))
-    return fake_cluster(checked, topology)
 
 
 def _deploy(

@@ -142,8 +142,8 @@ def shape_of(config: DeploymentConfig) -> tuple[ModelShape | None, list[Problem]
         return None, list(error.problems)
 
 
-def read_shape(path: Path) -> ModelShape:
-    """A model's config.json.
+def read_shape(path: Path, field: str = "model.path") -> ModelShape:
+    """A model's config.json, which that field or option names.
 
     Raises:
         ConfigError: It cannot be read, or its model is none we can size.
@@ -151,7 +151,7 @@ def read_shape(path: Path) -> ModelShape:
     try:
         return read_config(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError((Problem("model.path", f"{path}: {error}"),)) from error
+        raise ConfigError((Problem(field, f"{path}: {error}"),)) from error
 
 
 def _memory(config: DeploymentConfig, given: Assumptions) -> tuple[dict[str, RoleMemory], list[Problem]]:

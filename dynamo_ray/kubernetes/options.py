@@ -91,6 +91,8 @@ def problems(options: Options, downloads: bool) -> Iterator[Problem]:
     wrong = rules.name_problem(ray_kind, options.name)
     if wrong is not None:
         yield Problem("--name", wrong)
+    if not options.image or any(map(str.isspace, options.image)):
+        yield Problem("--image", f"{options.image!r} is no image; write one such as registry/dynamo-ray:0.1.0")
     yield from _names(options)
     yield from _weights(options, downloads)
     if options.scheduler in QUEUED and options.queue is None:

@@ -265,7 +265,7 @@ def _resume(file: RemoteFile, folder: Path, from_offset: FromOffset) -> None:
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """The hub's errors in our words."""
-    import httpx
+    import httpx2  # the hub library's own; it lets its errors through
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -278,7 +278,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise ModelError(f"{name}: there is no such revision") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"the hub has no model {name}, or shows it only with HF_TOKEN") from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
         raise ModelError(f"{name}: the hub did not answer as it should ({error}); run it again") from error
 
 

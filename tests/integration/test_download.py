@@ -179,6 +179,9 @@ def test_what_the_hub_does_not_have_and_what_it_falsifies_is_an_error(hub: Hub, 
     code, said = run("org/none", str(tmp_path / "none"), HF_ENDPOINT=hub.url)
     assert code != 0
     assert "the hub has no model org/none" in said
+    code, said = run("org/toy", str(tmp_path / "toy"), HF_ENDPOINT="http://127.0.0.1:1")
+    assert code == 4, said
+    assert said.startswith("org/toy: the hub did not answer")
     hub.lies = {"model.safetensors"}
     code, said = run("org/toy", str(tmp_path / "toy"), HF_ENDPOINT=hub.url)
     assert code != 0

@@ -1,14 +1,20 @@
-"""A checked file: where its applications will be, and whether anybody can reach them."""
+"""A checked file: where its applications will be, and whether anybody can reach them; and a checked command line."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dynamo_ray import up
 from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable
+from dynamo_ray.cli.commands import app
 from dynamo_ray.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
+WIDEEP, LOCAL_SIM = "configs/deepseek-r1-wideep.yaml", "configs/local-sim.yaml"
 FILE = """\
 PROXY
 applications:
@@ -41,3 +47,38 @@ def test_what_nobody_could_reach_is_refused(tmp_path: Path, prefix: str, proxy: 
     with pytest.raises(ConfigError) as caught:
         check_reachable(checked(tmp_path, prefix, proxy))
     assert [problem.field for problem in caught.value.problems] == [field]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"plan {WIDEEP} --topology 13x8", "--topology: '13x8': there is no such file"),
+        (f"plan {WIDEEP} --topology 13x8xH100 --model-config /nowhere.json", "--model-config: /nowhere.json: "),
+        (f"flags {WIDEEP} --topology 13x8", "--topology: '13x8': there is no such file"),
+        (f"manifest {WIDEEP} --image i --anonymous --topology 13x8", "--topology: '13x8': there is no such file"),
+        (f"manifest {WIDEEP} --image '' --anonymous", "--image: '' is no image"),
+        ("bench --url 127.0.0.1:8000 --model m", "--url: '127.0.0.1:8000' is no URL"),
+        ("bench --url http://127.0.0.1:99999 --model m", "write http://host:port"),
+        (f"route {LOCAL_SIM} --prompt p --url localhost:8000", "--url: 'localhost:8000' is no URL"),
+        (f"simulate {LOCAL_SIM} --workload agents --policy latencyy", "--policy: no policy is called 'latencyy'"),
+        (f"simulate {LOCAL_SIM} --workload agents --rank step_s", "--rank: step_s: '' is no number"),
+        (f"simulate {LOCAL_SIM} --workload agents --rank block_size=1.5", "--rank: block_size: '1.5' is no whole"),
+        ("download org/name", "FOLDER: say where org/name is to be put"),
+        ("download name /nowhere", "SOURCE: 'name' is no source"),
+        ("validate configs/catalog.yaml", "has no key of a `serve run` file"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_names_the_argument(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run = CliRunner().invoke(app, shlex.split(words))
+    assert isinstance(run.exception, ConfigError), run.output
+    assert said in str(run.exception)
+
+
+def test_faked_nodes_are_for_a_private_ray_and_only_they_have_a_topology() -> None:
+    with pytest.raises(ConfigError, match="--topology: only --fake-cluster"):
+        up(ROOT / WIDEEP, topology="13x8xH100")
+    with pytest.raises(ConfigError, match="--address: a fake cluster is a private one"):
+        up(ROOT / WIDEEP, fake_nodes=True, address="127.0.0.1:6379")
