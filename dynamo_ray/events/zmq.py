@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import zmq
 import zmq.asyncio
+from xxhash import xxh3_64_intdigest
 
 from backends.engine import KVEventSource
 from backends.kv_events import (
@@ -124,8 +126,9 @@ class _Rank:
         self.next_sequence = 0
         self._in_doubt = False
         self._ask_again_s = 0.0
-        self._live: tuple[int, bytes] = (-1, b"")
-        """Sequence and payload of what the publisher sent last; what it replays does not count."""
+        self._live = _NEVER
+        """Sequence and mark of what the publisher sent last; what it replays does not count."""
+        self._marks = _Marks()
         self._slice_ends_s = 0.0
 
     async def follow(self) -> None:
@@ -186,14 +189,14 @@ class _Rank:
         batch = self._decoded(frames)
         if batch is None:
             return
-        number, live = batch.sequence, (batch.sequence, frames[2])
+        number, live = batch.sequence, (batch.sequence, _mark(frames))
         if number <= self._live[0]:
             self._owner.anomalies.saw(Anomaly.SEQUENCE, self._holder, f"batch {number} came after {self._live[0]}")
             if live == self._live:
                 return
-            # A publisher numbers upwards, so this is another: it began anew. Its buffer tells if it did not.
-            self._owner.apply(self._holder, KVEventBatch(0, None, [AllBlocksCleared()]))
-            self.next_sequence = 0
+            self._begin_anew()  # a publisher numbers upwards
+        elif self._contradicted(*live):
+            self._begin_anew()
         self._live = live
         if number > self.next_sequence:
             self._owner.num_gaps += 1
@@ -201,11 +204,27 @@ class _Rank:
         if number > self.next_sequence:
             await self._lose(number)
         if number == self.next_sequence:
-            self._take(batch)
+            self._marks.clear()  # what comes live from here on is beyond them
+            self._take(batch, live[1])
 
-    def _take(self, batch: KVEventBatch) -> None:
+    def _take(self, batch: KVEventBatch, mark: int) -> None:
         self._owner.apply(self._holder, batch)
+        self._marks.add(batch.sequence, mark)
         self.next_sequence = batch.sequence + 1
+
+    def _contradicted(self, sequence: int, mark: int) -> bool:
+        """That batch was another one before; a publisher says one thing by one number."""
+        found = self._marks.contradict(sequence, mark)
+        if found:
+            self._owner.anomalies.saw(Anomaly.SEQUENCE, self._holder, f"batch {sequence} is not what it was before")
+        return found
+
+    def _begin_anew(self) -> None:
+        """Its publisher is another one, which holds what it says. Should it be the same, its buffer tells."""
+        self._owner.apply(self._holder, KVEventBatch(0, None, [AllBlocksCleared()]))
+        self.next_sequence = 0
+        self._live = _NEVER
+        self._marks.clear()
 
     async def _lose(self, resume_at: int) -> None:
         lost = f"{self.next_sequence} to {resume_at - 1}"
@@ -228,20 +247,26 @@ class _Rank:
             self.next_sequence = snapshot.sequence
             self._in_doubt = False
 
-    async def _heal(self) -> int:
-        """Fetch all from the next sequence on, and again what was dropped on the way; how many batches were new."""
-        taken = 0
+    async def _heal(self) -> bool:
+        """Fetch all from the next sequence on, and again what was dropped on the way; whether there was any.
+
+        The one before it is asked for too, where it is known: if it is not the same, the publisher began anew.
+        """
+        taken = False
         while self._source.replay_endpoint is not None:
             before = self.next_sequence
+            start = before - self._marks.knows(before - 1)
             socket = self._socket(zmq.DEALER, MAX_REPLAYED)
             try:
                 socket.connect(self._source.replay_endpoint)
-                await socket.send_multipart([b"", before.to_bytes(8, "big")])
+                await socket.send_multipart([b"", start.to_bytes(8, "big")])
                 complete = await self._take_replay(socket)
             finally:
                 socket.close(linger=0)
-            taken += self.next_sequence - before
-            if complete or self.next_sequence == before:
+            if self.next_sequence == before:
+                break
+            taken = True
+            if complete:
                 break
         return taken
 
@@ -260,14 +285,18 @@ class _Rank:
             if len(frames) == 3 and frames[1] == END_OF_REPLAY:
                 return True
             batch = self._decoded(frames)
-            if batch is None or batch.sequence < self.next_sequence:
+            if batch is None:
                 continue
+            mark = _mark(frames)
+            if self._contradicted(batch.sequence, mark):
+                self._begin_anew()
+                return False
             if batch.sequence > self.next_sequence:
                 if self.next_sequence > began_at:
                     return False
                 await self._lose(batch.sequence)
             if batch.sequence == self.next_sequence:
-                self._take(batch)
+                self._take(batch, mark)
 
     def _decoded(self, frames: list[bytes]) -> KVEventBatch | None:
         try:
@@ -275,3 +304,36 @@ class _Rank:
         except KVEventDecodeError as error:
             self._owner.anomalies.saw(Anomaly.UNREADABLE, self._holder, f"a KV event we cannot read: {error}")
             return None
+
+
+_NEVER = (-1, 0)
+
+
+def _mark(frames: list[bytes]) -> int:
+    return xxh3_64_intdigest(frames[2])
+
+
+class _Marks:
+    """What of a rank's newest batches is remembered, to tell them from others by the same numbers. 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._marks = array("Q")
+
+    def clear(self) -> None:
+        self._marks = array("Q")
+
+    def add(self, sequence: int, mark: int) -> None:
+        """Of the batch after the last one; any other is the first of new ones."""
+        if sequence != self._first + len(self._marks):
+            self._marks = array("Q")
+        if not self._marks:
+            self._first = sequence
+        self._marks.append(mark)
+
+    def knows(self, sequence: int) -> bool:
+        return 0 <= sequence - self._first < len(self._marks)
+
+    def contradict(self, sequence: int, mark: int) -> bool:
+        """That batch was another one."""
+        return self.knows(sequence) and self._marks[sequence - self._first] != mark

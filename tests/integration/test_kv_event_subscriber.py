@@ -215,6 +215,50 @@ async def test_a_publisher_that_begins_anew_is_followed_from_its_beginning(
     assert heard.uncertain == []
 
 
+def another(sequence: int) -> KVEventBatch:
+    """What a publisher says that began anew."""
+    return KVEventBatch(sequence, 0, [BlockRemoved([1_000 + sequence])])
+
+
+async def test_a_publisher_that_begins_anew_is_found_out_though_nothing_of_it_came_but_by_replay(
+    publisher: KVEventPublisher, subscriber: KVEventSubscriber, heard: Heard
+) -> None:
+    for sequence in range(1_000):
+        publisher.publish(batch(sequence))
+    subscriber.subscribe("w", 1, [source(publisher)])
+    await heard.until(999)
+    publisher._buffer.clear()
+    said = 0
+    async with asyncio.timeout(10):
+        while len(heard.batches) == 1_000:  # a subscription takes effect unannounced
+            publisher.publish(another(said))
+            said += 1
+            await asyncio.sleep(0.02)
+    publisher.publish(another(said))
+    await heard.until(said)
+    assert said < 1_000
+    assert heard.sequences[1_000:] == [0, *range(said + 1)]
+    assert heard.batches[1_000].events == [AllBlocksCleared()]
+    assert heard.batches[-1].events == another(said).events
+    assert heard.uncertain == []
+
+
+async def test_a_publisher_that_began_anew_and_is_further_than_before_is_found_out(
+    publisher: KVEventPublisher, subscriber: KVEventSubscriber, heard: Heard
+) -> None:
+    subscriber.subscribe("w", 1, [source(publisher)])
+    for sequence in range(3):
+        publisher.publish(batch(sequence))
+    await heard.until(2)
+    publisher._buffer.clear()
+    publisher._buffer.extend(encode(another(sequence)) for sequence in range(5))
+    publisher.publish(another(5))
+    await heard.until(5)
+    assert heard.sequences == [0, 1, 2, 0, 0, 1, 2, 3, 4, 5]
+    assert heard.batches[3].events == [AllBlocksCleared()]
+    assert heard.uncertain == []
+
+
 async def test_a_batch_that_comes_twice_is_taken_once(
     publisher: KVEventPublisher, subscriber: KVEventSubscriber, heard: Heard
 ) -> None:
