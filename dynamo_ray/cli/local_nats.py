@@ -111,10 +111,10 @@ def provided(checked: CheckedFile, folder: Path, private: bool) -> Iterator[Prov
     if not private:
         message = "missing: a server of ours would be on this machine alone; write nats://host:port, or drop --address"
         raise PreflightError((Problem(field, message),))
-    from dynamo_ray.events.nats.server import NoServer, PrivateServer  # late: most need none
+    from dynamo_ray.events.nats.server import NoServer, PrivateServer, only_with  # late: most need none
 
     token = secrets.token_hex(32)
-    server = PrivateServer(folder / "nats", token, {processes.VARIABLE: str(folder)})
+    server = PrivateServer(folder / "nats", only_with(token), {processes.VARIABLE: str(folder)})
     keeper = Keeper(server)
     before = os.environ.get(TOKEN_VARIABLE)
     try:

