@@ -94,6 +94,12 @@ def mistakes(backend: str, version: str | None, engine_args: Mapping[str, Any]) 
     return ()
 
 
+def caches_prefixes(backend: str, spec: LaunchSpec) -> bool:
+    """Whether an engine started so finds a prompt's blocks again for the next one that begins alike."""
+    caches: bool = import_module(f"backends.{backend}_args").caches_prefixes(spec)
+    return caches
+
+
 def launch_plan(
     backend: str, version: str | None, spec: LaunchSpec, *, on_cpu: bool, env: Mapping[str, str] | None = None
 ) -> LaunchPlan:

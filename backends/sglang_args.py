@@ -186,6 +186,7 @@ def masks_tokens(spec: LaunchSpec) -> bool:
 
 
 def caches_prefixes(spec: LaunchSpec) -> bool:
+    """As it is asked for; without a word SGLang does, but not on decode."""
     if spec.role is Role.DECODE:
         return bool(spec.engine_args.get("disaggregation_decode_enable_radix_cache", False))
     return not bool(spec.engine_args.get("disable_radix_cache", False))

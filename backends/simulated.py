@@ -232,7 +232,7 @@ class SimulatedEngine:
             raise start_error(self.last_lines(), "simulated", spec.role)
         address = await self._listen(len(ranks))
         self._death = asyncio.get_running_loop().create_future()
-        self._ranks = [BlockPool(args.kv_blocks, args.block_size) for _ in ranks]
+        self._ranks = [BlockPool(args.kv_blocks, args.block_size, args.prefix_caching) for _ in ranks]
         self._waiting = [deque() for _ in ranks]
         self._pulling = [[] for _ in ranks]
         self._running = [[] for _ in ranks]
@@ -250,6 +250,7 @@ class SimulatedEngine:
             max_model_len=args.max_model_len,
             kv_total_blocks=args.kv_blocks,
             handoff="none" if spec.role is Role.AGGREGATED else args.handoff,
+            caches_prefixes=args.prefix_caching,
             kv_event_sources=tuple(
                 KVEventSource(rank, p.endpoint, p.replay_endpoint, "simulated-1")
                 for rank, p in enumerate(self._publishers)
@@ -267,7 +268,7 @@ class SimulatedEngine:
         """Open the ranks' publishers and, of a prefill engine, the rendezvous; returns its address."""
         spec = self.spec
         try:
-            if spec.kv_events:
+            if spec.kv_events and self.args.prefix_caching:
                 for _ in range(num_ranks):
                     self._publishers.append(KVEventPublisher(spec.place.address))
             return await self._fabric.listen() if spec.role is Role.PREFILL and num_ranks else None

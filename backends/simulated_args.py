@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from backends.engine import EngineStartError
+from backends.engine import EngineStartError, LaunchSpec
 
 Count = Annotated[int, Meta(ge=1)]
 Token = Annotated[int, Meta(ge=0, lt=1 << 32)]
@@ -20,6 +20,8 @@ class SimulatedArgs(msgspec.Struct, frozen=True):
     block_size: Count = 16
     kv_blocks: Count = 8192
     """Per DP rank."""
+    prefix_caching: bool = True
+    """Whether a prompt's blocks are found by the next one that begins alike, and told of in KV events."""
     max_model_len: Count = 8192
     max_running: Count = 512
     """Requests that step together or wait for their KV, per DP rank."""
@@ -42,6 +44,11 @@ class SimulatedArgs(msgspec.Struct, frozen=True):
     token_low: Token = 97
     token_high: Token = 122
     """Tokens are drawn from this closed range; the default is a to z in the byte tokenizer."""
+
+
+def caches_prefixes(spec: LaunchSpec) -> bool:
+    """Raises EngineStartError as `parse_args` does."""
+    return parse_args(spec.engine_args).prefix_caching
 
 
 def parse_args(given: Mapping[str, Any]) -> SimulatedArgs:

@@ -55,12 +55,13 @@ class Lease:
 class BlockPool:
     """Hands out blocks, shares full ones by prefix, evicts the least recently used that nobody holds.
 
-    Every change of what is findable is appended to `events`, in order.
+    Every change of what is findable is appended to `events`, in order. Without `prefix_caching` nothing ever is.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.prefix_caching = prefix_caching
         self.events: list[KVEvent] = []
         self._holders: dict[int, int] = {}
         self._unheld: OrderedDict[int, None] = OrderedDict()
@@ -99,7 +100,7 @@ class BlockPool:
 
     def publish_full(self, lease: Lease, tokens: Sequence[int], num_tokens: int | None = None) -> None:
         """Make each full block of `tokens`, or of its first `num_tokens`, findable; not what a flush came after."""
-        if lease.flushes != self._flushes:
+        if not self.prefix_caching or lease.flushes != self._flushes:
             return
         size, num_tokens = self.block_size, len(tokens) if num_tokens is None else num_tokens
         first = len(lease.shared)

@@ -74,6 +74,11 @@ def share(spec: LaunchSpec) -> Share:
     return Share(0, 1 if spec.node_rank == 0 else 0)
 
 
+def caches_prefixes(spec: LaunchSpec) -> bool:
+    """As it is asked for; without a word vLLM does. On CPU it turns it off for MLA by itself."""
+    return spec.engine_args.get("enable_prefix_caching") is not False
+
+
 def spans_nodes(spec: LaunchSpec) -> bool:
     """Whether the devices of one attention DP rank are on several nodes."""
     return spec.attn_dp % spec.num_nodes != 0

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from math import ceil, isinf
 from typing import Any
 
-from backends.engine import EngineStartError
+import backends
+from backends.engine import EngineStartError, LaunchSpec, Role
 from backends.simulated_args import parse_args
 from dynamo_ray import models
 from dynamo_ray.cli.checked import CheckedFile
@@ -84,7 +85,7 @@ def fake_cluster(checked: CheckedFile, shape: str | None) -> FakeCluster:
 
 
 def simulated(config: DeploymentConfig) -> DeploymentConfig:
-    """The same deployment with simulated engines that keep their blocks, lengths and style of hand-off."""
+    """The same deployment with simulated engines that keep their blocks, prefix caching, lengths and hand-off."""
     tokenises = (config.model.folder / "tokenizer.json").is_file()
     changes: dict[str, Any] = {
         "backend": "simulated",
@@ -93,19 +94,22 @@ def simulated(config: DeploymentConfig) -> DeploymentConfig:
     }
     for role, role_config in config.roles.items():
         changes[role.value] = role_config.model_copy(
-            update={"engine_args": _simulated_args(config.backend, role_config), "env": {}, "launcher": None}
+            update={"engine_args": _simulated_args(config.backend, role, role_config), "env": {}, "launcher": None}
         )
     document = config.model_copy(update=changes).model_dump(mode="json", exclude_unset=True)
     return DeploymentConfig.model_validate(document)
 
 
-def _simulated_args(backend: str, role: RoleConfig) -> dict[str, Any]:
+def _simulated_args(backend: str, name: Role, role: RoleConfig) -> dict[str, Any]:
     block_size = int(_first(role.engine_args, _BLOCK_SIZE) or BLOCK_SIZE)
     max_model_len = int(_first(role.engine_args, _MAX_LENGTH) or MAX_MODEL_LEN)
     return {
         "block_size": block_size,
         "max_model_len": max_model_len,
         "kv_blocks": max(KV_BLOCKS, ceil(max_model_len / block_size)),
+        "prefix_caching": backends.caches_prefixes(
+            backend, LaunchSpec(name, name, "", "", engine_args=role.engine_args)
+        ),
         "handoff": "concurrent" if backend == "sglang" else "sequential",
         # vLLM's nodes each serve their own ranks; the others' are served through their leader.
         "serving": "every_node" if backend == "vllm" and role.parallelism.attn_dp > 1 else "leader",

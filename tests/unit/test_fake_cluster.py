@@ -70,6 +70,18 @@ def test_engines_keep_their_blocks_lengths_widths_and_style_of_hand_off() -> Non
     assert config.decode.engine_args["handoff"] == "concurrent"
 
 
+def test_engines_that_cache_no_prefixes_do_not_when_faked_either() -> None:
+    def caches(name: str) -> dict[str, bool]:
+        config = faked(name).checked.applications[0].config
+        return {role.value: args.engine_args["prefix_caching"] for role, args in config.roles.items()}
+
+    assert caches("deepseek-r1-wideep") == {"prefill": True, "decode": False}, "SGLang's decode does not by itself"
+    assert caches("qwen3-32b-vllm-disagg-kv") == {"prefill": True, "decode": False}
+    assert caches("kimi-k2-vllm-disagg-32xh200") == {"prefill": True, "decode": True}
+    assert caches("qwen3-235b-a22b-fp8-trtllm-disagg") == {"prefill": True, "decode": False}
+    assert caches("qwen3-32b-fp8-trtllm-agg") == {"aggregated": False}
+
+
 def test_what_serve_is_given_is_the_simulated_deployment() -> None:
     cluster = faked("deepseek-r1-wideep")
     assert cluster.checked.value["applications"][0]["args"]["backend"] == "simulated"

@@ -188,6 +188,21 @@ def test_a_stop_ends_a_decode_leg_whose_kv_is_on_its_way() -> None:
     clock.run(main())
 
 
+def test_without_prefix_caching_nothing_is_found_again_nor_told() -> None:
+    async def main() -> None:
+        made = SimulatedEngine(LaunchSpec("w", Role.AGGREGATED, "m", "", engine_args={"prefix_caching": False}))
+        info = await made.start()
+        assert info is not None
+        assert (info.caches_prefixes, info.kv_event_sources) == (False, ())
+        first, second = [await answer(made, prompt(40), greedy(10)) for _ in range(2)]
+        assert first.tokens == second.tokens
+        assert second.chunks[0].cached_tokens == 0
+        assert [load.kv_used_blocks for load in made.load()] == [0]
+        await made.stop()
+
+    clock.run(main())
+
+
 # Adapters and priorities.
 
 
