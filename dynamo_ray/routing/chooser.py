@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
 
 import numpy as np
 
 from backends.engine import RankLoad, Role
-from backends.kv_events import KVEventBatch
+from backends.kv_events import AllBlocksCleared, KVEventBatch
 from dynamo_ray.config import RouterConfig
 from dynamo_ray.routing.approximate import RoutedPrefixes
 from dynamo_ray.routing.booked import Booked
@@ -30,8 +29,6 @@ log = logging.getLogger(__name__)
 
 MAX_POOLS = 256
 """Sets of candidates remembered; retries make new ones by leaving out what failed."""
-EVENT_GRACE_S = 0.25
-"""A prefix that was being computed counts for so long after it is, until the engine's own event tells of it."""
 FALLBACK = Policy(lambda leg: leg.num_requests, reads_overlap=False)
 NOWHERE = Overlap([], [], [])
 
@@ -62,8 +59,6 @@ class Chooser:
         self._everyone: Pool | None = None
         """All known ranks, once somebody has asked; others are parts of it."""
         self._pools: dict[int, Pool] = {}
-        self._computed: deque[tuple[float, int, Sequence[int]]] = deque()
-        """(until when, column, blocks) of prompts just computed."""
 
     def up(self, facts: WorkerFacts) -> None:
         """Know a worker; an older incarnation of it goes down."""
@@ -91,7 +86,6 @@ class Chooser:
         facts, mask = self._workers.pop(worker)
         self._silent &= ~mask
         columns = [column for column in map(self.ranks.column, facts.holders) if column is not None]
-        self._computed = deque(entry for entry in self._computed if entry[1] not in columns)
         self.speeds.down(facts.group, columns)
         for column, holder in zip(columns, facts.holders, strict=True):
             self.index.remove_holder(holder)
@@ -122,6 +116,11 @@ class Chooser:
 
     def apply(self, holder: Holder, batch: KVEventBatch) -> None:
         self.index.apply(holder, batch)
+        column = self.ranks.column(holder) if self.pending else None
+        if column is not None:
+            self.pending.told(column, self.index.holds)
+            if any(isinstance(event, AllBlocksCleared) for event in batch.events):
+                self.pending.cleared(column)
 
     def uncertain(self, holder: Holder) -> None:
         """What was known of the rank's cache can no longer be trusted."""
@@ -133,6 +132,9 @@ class Chooser:
         for holder in known[0].holders if known is not None and known[0].epoch == epoch else ():
             self.index.clear_holder(holder)
             self.guesses.remove_holder(holder)
+            column = self.ranks.column(holder)
+            if column is not None:
+                self.pending.cleared(column)
 
     def choose(self, ask: Ask, prefill: int | None, decode: int, now_s: float) -> Choice:
         """The ranks to take. Changes nothing but what expires by itself, and the count of policy errors.
@@ -144,7 +146,7 @@ class Chooser:
         Raises:
             ValueError: A mask names no known rank.
         """
-        self._forget_computed(now_s)
+        self.pending.expire(now_s)
         found = self._overlap(ask, self._pool(decode), decode | (prefill or 0), now_s)
         if prefill is None:
             return Choice(None, self._pick(self._leg(Role.AGGREGATED, ask, decode, found)))
@@ -183,19 +185,15 @@ class Chooser:
             return None
         return self.pending.add(column, leg.ask.hashes(leg.block_size), computing.overlap_blocks)
 
-    def end(self, column: int | None, blocks: Sequence[int], now_s: float | None) -> None:
+    def end(self, column: int | None, blocks: list[int], now_s: float | None) -> None:
         """What `begin` gave is computed since `now_s`, or (None) will not be."""
         if column is None:
             return
-        if now_s is None:
+        # Not, or told of already, or guessed.
+        if now_s is None or self.index.holds(column, blocks[-1]) or self._silent >> column & 1:
             self.pending.remove(column, blocks)
         else:
-            self._computed.append((now_s + EVENT_GRACE_S, column, blocks))
-
-    def _forget_computed(self, now_s: float) -> None:
-        while self._computed and self._computed[0][0] <= now_s:
-            _, column, blocks = self._computed.popleft()
-            self.pending.remove(column, blocks)
+            self.pending.computed(column, blocks, now_s)
 
     def _pool(self, mask: int) -> Pool:
         pool = self._pools.get(mask)

@@ -95,6 +95,10 @@ class KVIndex:
         """Ranks of which something was missed: they answer only what they told since."""
         return frozenset(self._doubtful)
 
+    def holds(self, column: int, block: int) -> bool:
+        """Whether the rank of that column has a block of ours on its device."""
+        return bool(self._tiers[DEVICE].get(block, 0) >> column & 1)
+
     def num_held(self, holder: Holder) -> int:
         """Blocks of one rank, by the engine's names, on all tiers."""
         return sum(map(len, self._holdings.get(holder, ())))

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.engine import RankLoad, Role
-from backends.kv_events import BlockStored, KVEventBatch
+from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
 from dynamo_ray.config import RouterConfig, SloConfig
 from dynamo_ray.routing import latency
 from dynamo_ray.routing.block_hash import chain_seed
-from dynamo_ray.routing.chooser import EVENT_GRACE_S, Booked, Choice, Chooser, WorkerFacts
+from dynamo_ray.routing.chooser import Booked, Choice, Chooser, WorkerFacts
 from dynamo_ray.routing.load import Booked as PeerBooked
-from dynamo_ray.routing.pending import PendingPrefixes
+from dynamo_ray.routing.pending import EVENT_GRACE_S, PendingPrefixes
 from dynamo_ray.routing.policy import Ask
 from dynamo_ray.routing.ranks import Holder
 from dynamo_ray.routing.speeds import PREFILL, Line, Speeds
@@ -173,14 +173,71 @@ def test_equal_prompts_that_come_together_go_where_the_first_is_being_computed()
     assert choose(chooser).decode.overlap_blocks == 0, "it was aborted: it will not be there"
 
 
-def test_a_prefix_just_computed_counts_until_its_event_is_due() -> None:
-    chooser = aggregated(8)
-    _, booked = send(chooser)
+def compute(chooser: Chooser, prompt: list[int] = PROMPT) -> str:
+    """Where a prompt was computed, at 1.0 s."""
+    worker, booked = send(chooser, ask(prompt))
     booked.first_token(1.0)
     booked.free(1.1, generated_tokens=10)
-    assert choose(chooser, now_s=1.0 + EVENT_GRACE_S / 2).decode.overlap_blocks == 40
+    return worker
+
+
+def test_a_prefix_just_computed_counts_until_its_event_tells_however_late_it_is() -> None:
+    chooser = aggregated(8)
+    worker = compute(chooser)
+    for now_s in (1.0, 1.0 + 0.99 * EVENT_GRACE_S):
+        assert choose(chooser, now_s=now_s).decode.overlap_blocks == 40
+    store(chooser, worker, 30)
+    assert choose(chooser, now_s=2.0).decode.overlap_blocks == 40, "told of in part"
+    store(chooser, worker, 40)
+    assert len(chooser.pending) == 0
+    assert choose(chooser, now_s=2.0).decode.overlap_blocks == 40
+    chooser.apply(Holder(worker, 1, 0), KVEventBatch(0, 0, [BlockRemoved([hash(tuple(PROMPT))])]))
+    assert choose(chooser, now_s=2.0).decode.overlap_blocks == 39, "evicted, for certain"
+
+
+def test_a_prefix_just_computed_that_no_event_tells_of_does_not_count_for_long() -> None:
+    chooser = aggregated(8)
+    compute(chooser)
     assert choose(chooser, now_s=1.0 + EVENT_GRACE_S).decode.overlap_blocks == 0
     assert len(chooser.pending) == 0
+
+
+def test_a_prefix_that_a_rank_has_told_nothing_of_is_not_there_once_it_tells_of_a_later_one() -> None:
+    chooser = aggregated(1)
+    later = [7] * 20 * SIZE
+    for prompt in (PROMPT, later):
+        compute(chooser, prompt)
+    store(chooser, "w0", 20, later)
+    assert len(chooser.pending) == 0
+    assert choose(chooser, now_s=1.2).decode.overlap_blocks == 0
+
+
+def test_a_prefix_just_computed_is_gone_with_the_cache() -> None:
+    for empty in ("told", "flushed", "down"):
+        chooser = aggregated(2)
+        worker = compute(chooser)
+        match empty:
+            case "told":
+                chooser.apply(Holder(worker, 1, 0), KVEventBatch(0, 0, [AllBlocksCleared()]))
+            case "flushed":
+                chooser.flushed(worker, 1)
+            case "down":
+                chooser.down(worker, 1)
+        assert choose(chooser, now_s=1.2).decode.overlap_blocks == 0
+        assert len(chooser.pending) == 0
+
+
+def test_what_is_told_of_before_the_first_token_or_guessed_is_not_kept_twice() -> None:
+    chooser = aggregated(1)
+    _, booked = send(chooser)
+    store(chooser, "w0", 40)
+    booked.first_token(1.0)
+    assert len(chooser.pending) == 0
+    silent = Chooser("m")
+    silent.up(WorkerFacts("w0", 1, Role.AGGREGATED, 1, SIZE, 1000, tells_events=False))
+    compute(silent)
+    assert len(silent.pending) == 0
+    assert choose(silent, now_s=1.2).decode.overlap_blocks == 40
 
 
 def test_nothing_piles_up_where_all_share_a_system_prompt() -> None:
@@ -343,7 +400,7 @@ def test_no_walk_of_requests_leaves_anything_booked(is_split: bool, steps: list[
     for facts, _ in chooser._workers.values():
         chooser.heard(facts.holders[0], RankLoad(0, 0, 0, 0, 1000))
     if chooser._workers:
-        chooser._forget_computed(now_s + EVENT_GRACE_S)
+        chooser.pending.expire(now_s + EVENT_GRACE_S)
     assert chooser.table.num_bookings == 0
     assert not chooser.table.values.any()
     assert len(chooser.pending) == 0 or not chooser._workers
