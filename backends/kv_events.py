@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Annotated
@@ -17,15 +19,20 @@ EngineHash = int | Annotated[bytes, msgspec.Meta(max_length=MAX_HASH_BYTES)]
 """What an engine calls a block: 64 bits, signed or not, or a digest."""
 
 
+TOKEN_CODE = next(code for code in "IL" if array(code).itemsize == 4)
+"""Of an array of token ids: unsigned, 32 bits each."""
+
+
 class BlockStored(msgspec.Struct, frozen=True, gc=False):
     """Consecutive full blocks now held by one rank. `token_ids` covers all of them, in order.
 
-    With neither tokens nor a block size: blocks told of before are now on `medium` too.
+    They are a list, or an `array` where they came packed. With neither tokens nor a block size: blocks told of before
+    are now on `medium` too.
     """
 
     block_hashes: list[int | bytes]
     parent_block_hash: int | bytes | None
-    token_ids: list[int]
+    token_ids: Sequence[int]
     block_size: int
     medium: str | None = None
     lora_name: str | None = None
@@ -58,6 +65,43 @@ class KVEventDecodeError(ValueError):
     """A publisher sent what its wire format does not allow."""
 
 
+def packed_tokens(token_ids: Sequence[int]) -> bytes:
+    """Token ids as unsigned 32-bit integers, little-endian.
+
+    A list of integers costs each reader more than all the rest of an event (tests/bench/bench_index.py).
+
+    Raises:
+        OverflowError: A token is negative or does not fit.
+        TypeError: A token is not an integer.
+    """
+    return _swapped(array(TOKEN_CODE, token_ids)).tobytes()
+
+
+def unpacked_tokens(data: bytes) -> array[int]:
+    """The inverse of `packed_tokens`.
+
+    Raises:
+        ValueError: They are not whole.
+    """
+    tokens = array(TOKEN_CODE)
+    tokens.frombytes(data)
+    return _swapped(tokens)
+
+
+def tokens_to_publish(token_ids: Sequence[int]) -> bytes | list[int]:
+    """Packed; as they are where one is no token id, so that whoever reads them counts it."""
+    try:
+        return packed_tokens(token_ids)
+    except (OverflowError, TypeError):
+        return list(token_ids)
+
+
+def _swapped(tokens: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens
+
+
 Frames = Sequence[bytes]
 """[topic, 8-byte big-endian sequence, msgpack payload]: the framing of vLLM's and SGLang's ZeroMQ publishers."""
 
@@ -72,7 +116,8 @@ Bigram = tuple[int, int]
 class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
     block_hashes: list[EngineHash]
     parent_block_hash: EngineHash | None
-    token_ids: list[int]
+    token_ids: list[int] | bytes
+    """As engines tell them, or packed (backends.kv_publisher.pack_tokens)."""
     block_size: int
     medium: str | None = None
     lora_name: str | None = None
@@ -85,7 +130,7 @@ class _TaggedStored(msgspec.Struct, tag_field="type", tag="BlockStored", gc=Fals
         return BlockStored(
             self.block_hashes,
             self.parent_block_hash,
-            self.token_ids,
+            _tokens(self.token_ids),
             self.block_size,
             self.medium,
             self.lora_name,
@@ -117,16 +162,15 @@ class _TaggedCleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", g
 class _ArrayStored(msgspec.Struct, array_like=True, tag="BlockStored", gc=False):
     block_hashes: list[EngineHash]
     parent_block_hash: EngineHash | None
-    token_ids: list[int]
+    token_ids: list[int] | bytes
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
 
     def value(self) -> BlockStored:
         lora = None if self.lora_id is None else str(self.lora_id)
-        return BlockStored(
-            self.block_hashes, self.parent_block_hash, self.token_ids, self.block_size, self.medium, lora
-        )
+        tokens = _tokens(self.token_ids)
+        return BlockStored(self.block_hashes, self.parent_block_hash, tokens, self.block_size, self.medium, lora)
 
 
 class _PairedArrayStored(_ArrayStored, array_like=True, tag="BlockStored", gc=False):
@@ -178,6 +222,15 @@ class _PairedArrayBatch(msgspec.Struct, array_like=True):
 
 
 _Batch = _TaggedBatch | _PairedTaggedBatch | _ArrayBatch | _PairedArrayBatch
+
+
+def _tokens(told: list[int] | bytes) -> Sequence[int]:
+    if not isinstance(told, bytes):
+        return told
+    try:
+        return unpacked_tokens(told)
+    except ValueError:
+        raise msgspec.ValidationError(f"{len(told)} bytes of token ids of 4 bytes") from None
 
 
 def _salt_in(extra_keys: list[tuple[msgspec.Raw, ...] | None], lora_name: str | None) -> str | None:
@@ -274,7 +327,8 @@ def encode(batch: KVEventBatch) -> list[bytes]:
     events: list[_Tagged] = []
     for event in batch.events:
         if isinstance(event, BlockStored):
-            events.append(_TaggedStored(**msgspec.structs.asdict(event)))
+            tokens = tokens_to_publish(event.token_ids)
+            events.append(_TaggedStored(**msgspec.structs.asdict(event) | {"token_ids": tokens}))
         elif isinstance(event, BlockRemoved):
             events.append(_TaggedRemoved(event.block_hashes, event.medium))
         else:

@@ -7,6 +7,7 @@ import os
 import signal
 from typing import Any
 
+from backends.kv_publisher import pack_tokens
 from backends.output import redirect_output
 from backends.processes import die_with_parent
 
@@ -18,8 +19,10 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
     """Main of a scheduler, which also runs the model, in place of SGLang's run_scheduler_process."""
     _begin()
     _bind_to_the_node()
+    from sglang.srt.disaggregation import kv_events
     from sglang.srt.managers.scheduler import run_scheduler_process
 
+    pack_tokens(kv_events)
     return run_scheduler_process(*args, **kwargs)
 
 

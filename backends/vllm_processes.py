@@ -8,6 +8,7 @@ import threading
 from multiprocessing.connection import wait
 from typing import Any
 
+from backends.kv_publisher import pack_tokens
 from backends.output import redirect_output
 from backends.processes import die_with_parent
 from backends.vllm_args import CORES_VARIABLE
@@ -25,10 +26,12 @@ def run_engine_core(*args: Any, dp_rank: int = 0, local_dp_rank: int = 0, **kwar
     die_with_parent()
     redirect_output()
     pin_to_cores(local_dp_rank)
+    from vllm.distributed import kv_events
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor.multiproc_executor import WorkerProc
 
     WorkerProc.worker_main = staticmethod(run_worker)
+    pack_tokens(kv_events)
     EngineCoreProc.run_engine_core(*args, dp_rank=dp_rank, local_dp_rank=local_dp_rank, **kwargs)
 
 

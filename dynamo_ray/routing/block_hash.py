@@ -8,10 +8,11 @@ from functools import lru_cache
 
 from xxhash import xxh3_64_intdigest
 
+from backends.kv_events import TOKEN_CODE
+
 TOKEN_BYTES = 4
 _HASH = (1 << 60) - 1
 """What CPython keeps in 32 bytes, not 48. The chance of two alike among a million blocks is 4e-7."""
-_TOKEN = next(code for code in "IL" if array(code).itemsize == TOKEN_BYTES)
 
 
 @lru_cache(maxsize=4096)
@@ -33,6 +34,6 @@ def block_hashes(token_ids: Sequence[int], block_size: int, parent: int) -> list
         TypeError: A token is not an integer.
     """
     size = block_size * TOKEN_BYTES
-    data = array(_TOKEN, token_ids).tobytes()
+    data = array(TOKEN_CODE, token_ids).tobytes()
     starts = range(0, len(data) - size + 1, size)
     return [parent := xxh3_64_intdigest(data[start : start + size], parent) & _HASH for start in starts]

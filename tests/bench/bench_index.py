@@ -3,9 +3,10 @@
     python tests/bench/bench_index.py [--check] [--json FILE] [--entries 1000000] [--alone]
 
 Eight ranks hold documents that begin with one of 16 system prompts of 16 blocks; every event is 70 blocks of 64 tokens
-from a vocabulary of DeepSeek's size. `built`: a million (rank, block) entries, as vLLM's bytes, decoded, hashed and
-applied. `churned`: then a quarter as many, with an old document evicted for every new one. `queried`: prompts of 8k
-tokens half of which are cached, on a quiet index and between events.
+from a vocabulary of DeepSeek's size. `built`: a million (rank, block) entries, as the bytes that vLLM's publisher sends
+in an engine core of ours, decoded, hashed and applied; the second row as vLLM's own, token ids as integers. `churned`:
+then a quarter as many, with an old document evicted for every new one. `queried`: prompts of 8k tokens half of which
+are cached, on a quiet index and between events.
 
 RadixTree takes events of another shape: JSON in which every block is hashed already, by the worker. Its second row adds
 what that hashing costs (compute_block_hash_for_seq). Each runs in a process of its own, one after the other. Time is
@@ -35,7 +36,7 @@ import msgspec
 import numpy as np
 import psutil
 
-from backends.kv_events import decoder
+from backends.kv_events import decoder, tokens_to_publish
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.kv_index import KVIndex
 from dynamo_ray.routing.ranks import Holder, Ranks
@@ -70,7 +71,8 @@ class Index(Protocol):
 
 
 class Ours:
-    def __init__(self) -> None:
+    def __init__(self, packs_tokens: bool) -> None:
+        self._packs_tokens = packs_tokens
         self._index = KVIndex("m", Ranks())
         self._holders = [Holder(f"w{rank}", 1, 0) for rank in range(RANKS)]
         self._decoders = [decoder("vllm-0.33") for _ in self._holders]
@@ -79,7 +81,8 @@ class Ours:
 
     def packed(self, document: Document) -> Any:
         stored = {"type": "BlockStored", "block_hashes": document.names, "parent_block_hash": document.parent}
-        stored |= {"token_ids": document.tokens, "block_size": BLOCK, "lora_id": None, "medium": "GPU"}
+        tokens = tokens_to_publish(document.tokens) if self._packs_tokens else document.tokens
+        stored |= {"token_ids": tokens, "block_size": BLOCK, "lora_id": None, "medium": "GPU"}
         return self._frames({**stored, "lora_name": None, "group_idx": 0, "kv_cache_spec_kind": "mla_attention"})
 
     def removal(self, document: Document) -> Any:
@@ -133,7 +136,8 @@ class Peer:
 
 
 SUBJECTS: dict[str, Callable[[], Index]] = {
-    "dynamo_ray KVIndex": Ours,
+    "dynamo_ray KVIndex": lambda: Ours(True),
+    "KVIndex, tokens as integers": lambda: Ours(False),
     "Dynamo RadixTree": lambda: Peer(False),
     "RadixTree and its hashing": lambda: Peer(True),
 }
@@ -314,7 +318,7 @@ def main() -> int:
         print(json.dumps(measure(args.only, args.entries)))
         return 0
     results = {}
-    for name in list(SUBJECTS)[: 1 if args.alone else None]:
+    for name in list(SUBJECTS)[: 2 if args.alone else None]:
         command = [sys.executable, __file__, "--only", name, "--entries", str(args.entries)]
         results[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     print(table(results))

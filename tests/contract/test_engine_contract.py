@@ -463,6 +463,7 @@ async def test_events_tell_which_blocks_are_stored_and_can_be_replayed(site: Sit
         context.term()
     stored = [event for event in batch.events if isinstance(event, BlockStored)]
     assert [token for event in stored for token in event.token_ids] == ids[: 4 * block_size]
+    assert not any(isinstance(event.token_ids, list) for event in stored), "integers, which every reader pays for"
     assert {event.block_size for event in stored} == {block_size}
     assert stored[0].parent_block_hash is None
     assert len({block for event in stored for block in event.block_hashes}) == 4
@@ -836,7 +837,9 @@ def stores(ids: list[int]) -> Matching:
     """Whatever batch stores a block of these tokens, at the start of a prompt."""
     return Matching(
         lambda batch: any(
-            isinstance(event, BlockStored) and event.parent_block_hash is None and event.token_ids[: len(ids)] == ids
+            isinstance(event, BlockStored)
+            and event.parent_block_hash is None
+            and list(event.token_ids[: len(ids)]) == ids
             for event in batch.events
         )
     )

@@ -21,6 +21,7 @@ CALLED: dict[str, tuple[str, ...]] = {
         "Engine.get_all_child_pids",
         "Engine.shutdown",
     ),
+    "srt/disaggregation/kv_events.py": ("ZmqEventPublisher.publish",),
     "srt/managers/scheduler.py": ("run_scheduler_process",),
     "srt/managers/detokenizer_manager.py": ("run_detokenizer_process",),
     "srt/managers/data_parallel_controller.py": ("run_data_parallel_controller_process",),

@@ -20,6 +20,7 @@ from backends.kv_events import (
     KVEventBatch,
     KVEventDecodeError,
     decoder,
+    packed_tokens,
 )
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
 from dynamo_ray.routing.kv_index import Holder, KVIndex
@@ -187,20 +188,20 @@ def test_events_that_no_engine_sends_harm_nobody(told: list[KVEvent]) -> None:
     assert index.num_blocks == 2
 
 
-def honest_frames(wire_format: str) -> bytes:
+def honest_frames(wire_format: str, tokens: list[int] | bytes) -> bytes:
     if wire_format == "sglang-0.5.16":
-        return msgspec.msgpack.encode([0.5, [["BlockStored", [1, 2], None, [1, 2, 3, 4], 2, None, "GPU"]], 1])
-    stored = {"type": "BlockStored", "block_hashes": [1, 2], "parent_block_hash": None, "token_ids": [1, 2, 3, 4]}
+        return msgspec.msgpack.encode([0.5, [["BlockStored", [1, 2], None, tokens, 2, None, "GPU"]], 1])
+    stored = {"type": "BlockStored", "block_hashes": [1, 2], "parent_block_hash": None, "token_ids": tokens}
     return msgspec.msgpack.encode([0.5, [{**stored, "block_size": 2, "medium": "GPU"}], 1])
 
 
 @pytest.mark.parametrize("wire_format", FORMATS)
 @settings(max_examples=60)
-@given(payload=st.binary(max_size=40), at=st.integers(0, 200), cut=st.integers(0, 4))
+@given(payload=st.binary(max_size=40), at=st.integers(0, 200), cut=st.integers(0, 4), packed=st.booleans())
 def test_any_bytes_are_a_batch_or_are_refused_and_what_is_read_can_be_applied(
-    wire_format: str, payload: bytes, at: int, cut: int
+    wire_format: str, payload: bytes, at: int, cut: int, packed: bool
 ) -> None:
-    good = honest_frames(wire_format)
+    good = honest_frames(wire_format, packed_tokens([1, 2, 3, 4]) if packed else [1, 2, 3, 4])
     at %= len(good)
     index = KVIndex("m", Ranks())
     index.add_holder(HOLDERS[0])
@@ -211,6 +212,22 @@ def test_any_bytes_are_a_batch_or_are_refused_and_what_is_read_can_be_applied(
         except KVEventDecodeError:
             continue
     assert index.num_held(HOLDERS[0]) >= 1 or index.anomalies.counts
+
+
+@pytest.mark.parametrize("wire_format", FORMATS)
+def test_packed_tokens_are_the_same_blocks(wire_format: str) -> None:
+    tokens = [0, 129_279, 2**31, 2**32 - 1]
+    index = KVIndex("m", Ranks())
+    for holder, told in zip(HOLDERS, (tokens, packed_tokens(tokens)), strict=False):
+        index.add_holder(holder)
+        index.apply(holder, decoder(wire_format)([b"", bytes(8), honest_frames(wire_format, told)]))
+    assert index.overlap(block_hashes(tokens, SIZE, chain_seed("m"))) == dict.fromkeys(HOLDERS[:2], 2)
+
+
+@pytest.mark.parametrize("wire_format", FORMATS)
+def test_packed_tokens_that_are_not_whole_are_refused(wire_format: str) -> None:
+    with pytest.raises(KVEventDecodeError, match="15 bytes"):
+        decoder(wire_format)([b"", bytes(8), honest_frames(wire_format, bytes(15))])
 
 
 @pytest.mark.parametrize(

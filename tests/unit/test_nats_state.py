@@ -186,10 +186,11 @@ def test_what_is_queued_is_bounded_and_the_state_comes_in_its_place() -> None:
     assert not rank.waiting
 
 
-def test_a_token_that_is_no_int32_is_left_out_as_an_index_does() -> None:
+@pytest.mark.parametrize("token", [2**32, -1])
+def test_a_token_that_does_not_fit_32_bits_is_left_out_as_an_index_does(token: int) -> None:
     rank = Sender().rank
     rank.due = False
-    rank.apply(KVEventBatch(0, 0, [BlockStored([9], None, [2**40, 1], SIZE), stored(0, 0, 1)]))
+    rank.apply(KVEventBatch(0, 0, [BlockStored([9], None, [token, 1], SIZE), stored(0, 0, 1)]))
     message = rank.take()
     assert message.num_batches == 1
     assert len(message.events) == 1

@@ -49,6 +49,7 @@ def double_of(name: str) -> Callable[..., Any]:
         "TokenizerManager": "managers.tokenizer_manager",
         "TokenizerControlMixin": "managers.tokenizer_manager",
         "init_tokenizer_manager": "entrypoints.engine",
+        "ZmqEventPublisher": "disaggregation.kv_events",
         "run_scheduler_process": "managers.scheduler",
         "run_detokenizer_process": "managers.detokenizer_manager",
         "run_data_parallel_controller_process": "managers.data_parallel_controller",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -7,6 +8,7 @@ import pytest
 
 from backends.arguments import SUPPORTED
 from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decoder
+from backends.kv_publisher import pack_tokens
 from backends.vllm import WIRE_FORMATS
 
 STORED = {
@@ -76,3 +78,17 @@ def test_of_a_hybrid_model_only_the_group_that_keeps_whole_prefixes_is_told_of()
     assert isinstance(stored, BlockStored)
     assert decode(frames(gone[0])).events == []
     assert decode(frames(gone[1])).events == [BlockRemoved([11])]
+
+
+@pytest.mark.parametrize(("tokens", "told"), [([1, 258], b"\x01\0\0\0\x02\x01\0\0"), ([1, -1], [1, -1])])
+def test_our_engine_cores_pack_tokens_that_fit_and_leave_the_rest_to_be_counted(tokens: list[int], told: Any) -> None:
+    """And they leave the engine's own event alone: SGLang goes on appending to the last one."""
+    published: list[Any] = []
+    publisher = type("ZmqEventPublisher", (), {"publish": lambda self, events: published.extend(events.events)})
+    stored = msgspec.defstruct("BlockStored", [("block_hashes", list[int]), ("token_ids", list[int])])
+    module = SimpleNamespace(ZmqEventPublisher=publisher, BlockStored=stored)
+    pack_tokens(module)
+    event, cleared = stored([5], tokens), object()
+    module.ZmqEventPublisher().publish(SimpleNamespace(events=[event, cleared]))
+    assert published == [stored([5], told), cleared]
+    assert event.token_ids is tokens

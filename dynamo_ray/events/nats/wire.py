@@ -5,8 +5,6 @@ A rank's batches are numbered from 0 (`sequence`) by its publisher, so that whoe
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -14,7 +12,15 @@ from urllib.parse import quote
 import msgspec
 
 from backends.engine import RankLoad
-from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, KVEventBatch
+from backends.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    KVEvent,
+    KVEventBatch,
+    packed_tokens,
+    unpacked_tokens,
+)
 from dynamo_ray.routing.kv_index import Snapshot, TierSnapshot
 
 VERSION = 1
@@ -24,7 +30,7 @@ BlockHash = int | bytes
 
 
 class Stored(msgspec.Struct, frozen=True, tag_field="kind", tag="stored", omit_defaults=True):
-    """As BlockStored; `token_ids` are int32, little-endian, `block_size` a block."""
+    """As BlockStored; `token_ids` are packed (`packed_tokens`), `block_size` a block."""
 
     block_hashes: list[BlockHash]
     parent_block_hash: BlockHash | None
@@ -175,10 +181,10 @@ def decode(payload: bytes) -> Message:
 
 
 def packed(event: KVEvent) -> Event | None:
-    """An engine's event as it is published; None where a token id is no int32, of which an index takes nothing."""
+    """An engine's event as it is published; None where a token id is none, of which an index takes nothing."""
     if isinstance(event, BlockStored):
         try:
-            tokens = _swapped(array("i", event.token_ids)).tobytes()
+            tokens = packed_tokens(event.token_ids)
         except (OverflowError, TypeError):
             return None
         return Stored(
@@ -202,15 +208,14 @@ def unpacked(event: Event) -> KVEvent:
         UnreadableMessage: The tokens are not whole.
     """
     if isinstance(event, Stored):
-        tokens = array("i")
         try:
-            tokens.frombytes(event.token_ids)
+            tokens = unpacked_tokens(event.token_ids)
         except ValueError as error:
-            raise UnreadableMessage(f"{len(event.token_ids)} bytes of int32") from error
+            raise UnreadableMessage(f"{len(event.token_ids)} bytes of token ids of 4 bytes") from error
         return BlockStored(
             event.block_hashes,
             event.parent_block_hash,
-            _swapped(tokens).tolist(),
+            tokens,
             event.block_size,
             event.medium,
             event.lora_name,
@@ -219,12 +224,6 @@ def unpacked(event: Event) -> KVEvent:
     if isinstance(event, Removed):
         return BlockRemoved(event.block_hashes, event.medium)
     return AllBlocksCleared()
-
-
-def _swapped(tokens: array[int]) -> array[int]:
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return tokens
 
 
 def size_bytes(event: Event) -> int:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import zmq
 
 from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
+
+
+@dataclass
+class KVEventBatch:
+    ts: float
+    events: list[KVEvent]
 
 
 class ZmqEventPublisher:
@@ -46,8 +52,8 @@ class ZmqEventPublisher:
         head, _, port = endpoint.rpartition(":")
         return f"{head}:{int(port) + attn_dp_rank}"
 
-    def publish(self, events: list[KVEvent]) -> None:
-        payload = ENCODERS[self._version](time.time(), events, self._rank)
+    def publish(self, events: KVEventBatch) -> None:
+        payload = ENCODERS[self._version](events.ts, events.events, self._rank)
         frames = [b"", self._sequence.to_bytes(8, "big"), payload]
         self._sequence += 1
         self._buffer.append(frames)
@@ -81,9 +87,10 @@ def _arrays(event: KVEvent) -> list[list[Any]]:
     if isinstance(event, BlockRemoved):
         return [["BlockRemoved", [block], event.medium] for block in event.block_hashes]
     parents = [event.parent_block_hash, *event.block_hashes]
-    size = event.block_size
+    size = len(event.token_ids) // len(event.block_hashes)  # of what a block's are: integers or bytes
+    tokens = [event.token_ids[i * size : (i + 1) * size] for i in range(len(event.block_hashes))]
     return [
-        ["BlockStored", [block], parents[i], event.token_ids[i * size : (i + 1) * size], size, None, event.medium]
+        ["BlockStored", [block], parents[i], tokens[i], event.block_size, None, event.medium]
         for i, block in enumerate(event.block_hashes)
     ]
 

@@ -24,7 +24,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 from sglang.srt.disaggregation.bootstrap import ask, register
-from sglang.srt.disaggregation.kv_events import ZmqEventPublisher
+from sglang.srt.disaggregation.kv_events import KVEventBatch, ZmqEventPublisher
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.load_snapshot import DisaggregationMetrics, LoadSnapshot
 
@@ -376,7 +376,7 @@ class Rank:
 
     def _publish_events(self, events: list[Any]) -> None:
         if self._publisher is not None:
-            self._publisher.publish(events)
+            self._publisher.publish(KVEventBatch(time.time(), events))
 
     def _send_load_soon(self) -> None:
         """Once, when the step is over."""
