@@ -1,4 +1,4 @@
-"""NVIDIA Dynamo's job, on Ray. `from dynamo_ray import DeploymentConfig, plan, up`; importing this imports no Ray."""
+"""NVIDIA Dynamo's job, on Ray. `from dynamo_ray import load_config, plan, up`; importing this imports no Ray."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dynamo_ray.cli.up import up as up
     from dynamo_ray.cluster.layout import plan as plan
     from dynamo_ray.config import DeploymentConfig as DeploymentConfig
+    from dynamo_ray.config_file import load_config as load_config
     from dynamo_ray.routing.policies import register_policy as register_policy
     from dynamo_ray.routing.policy import Leg as Leg
     from dynamo_ray.routing.policy import Policy as Policy
@@ -33,6 +34,7 @@ _HOMES = {
     "Wake": "backends.engine",
     "cheapest": "dynamo_ray.routing.policy",
     "control": "dynamo_ray.cli.control",
+    "load_config": "dynamo_ray.config_file",
     "plan": "dynamo_ray.cluster.layout",
     "register_policy": "dynamo_ray.routing.policies",
     "simulate": "dynamo_ray.simulator.replay",
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "cheapest",
     "control",
+    "load_config",
     "plan",
     "register_policy",
     "simulate",

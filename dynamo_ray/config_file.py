@@ -53,6 +53,26 @@ class Application:
     config: DeploymentConfig = field(repr=False)
 
 
+def load_config(file: Path | str, application: str | None = None) -> DeploymentConfig:
+    """What a `serve run` file says of one deployment, checked; for `plan`, `simulate` and `up`.
+
+    Args:
+        application: its name; None: the only one of ours in the file.
+
+    Raises:
+        ConfigError: The file cannot be read, what it says of ours is wrong (every mistake, with its line), or there is
+            no such application. What is Serve's own in it is not looked at: `dynamo-ray validate` does that.
+    """
+    found, problems = applications(read(Path(file)))
+    if problems:
+        raise ConfigError(problems)
+    chosen = [one.config for one in found if application in (None, one.name)]
+    if len(chosen) != 1:
+        names = ", ".join(one.name for one in found) or f"none with `import_path: {IMPORT_PATH}`"
+        raise ConfigError((Problem("applications", f"name one of those in {file}: {names}"),))
+    return chosen[0]
+
+
 def dotted(path: Place) -> str:
     """applications[0].args.prefill; the whole document is `(file)`."""
     text = ""

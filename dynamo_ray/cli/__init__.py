@@ -1,4 +1,4 @@
-"""`dynamo-ray`: validate, plan, flags, up, status, control, down, model."""
+"""The `dynamo-ray` commands: one module each, and what they share."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from backends.engine import Role
-from dynamo_ray import config_file
+from dynamo_ray import config_file, load_config
 from dynamo_ray.config import DeploymentConfig, PrefillOnDecodeConfig
 from dynamo_ray.errors import ConfigError, Problem
 
@@ -37,6 +37,22 @@ def test_a_good_file_has_no_problems_and_one_application(tmp_path: Path) -> None
     found, wrong = config_file.applications(config_file.read(file))
     assert wrong == ()
     assert [(application.name, application.config.backend) for application in found] == [("a", "simulated")]
+
+
+def test_from_python_a_file_is_loaded_as_the_configuration_of_one_application(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(GOOD)
+    assert load_config(str(file)) == load_config(file, "a")
+    with pytest.raises(ConfigError, match=r"name one of those in .*: a$"):
+        load_config(file, "b")
+    _, application = GOOD.split("\n", 1)
+    file.write_text(GOOD + application.replace("&role", "").replace("name: a", "name: b"))
+    assert load_config(file, "b").backend == "simulated"
+    with pytest.raises(ConfigError, match=r"name one of those in .*: a, b$"):
+        load_config(file)
+    file.write_text(GOOD.replace("replicas: 2", "replicas: 0"))
+    with pytest.raises(ConfigError, match=r"aggregated.replicas \(line 8\)"):
+        load_config(file)
 
 
 @pytest.mark.parametrize(

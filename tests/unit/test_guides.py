@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ import yaml
 from guides import PROGRAMS, ROOT, Block, Command, anchors, blocks, commands, links, messages, prose, spans
 from typer.testing import CliRunner
 
+import dynamo_ray
 from dynamo_ray.cli.commands import app
 from dynamo_ray.errors import StartupError
 from dynamo_ray.kubernetes.clouds import FABRICS
+from dynamo_ray.routing import policies
 from dynamo_ray.simulator.workloads import WORKLOADS
 
 GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
@@ -173,6 +176,34 @@ def test_shell_is_well_formed_and_what_is_not_run_is_said_at_the_top(page: Path)
     assert done.returncode == 0, done.stderr
     if any(re.search(rf"^\s*{word} ", shell, re.MULTILINE) for word in ELSEWHERE):
         assert "**Not run here**" in " ".join(page.read_text().splitlines()[:10])
+
+
+@every_page
+def test_python_on_a_page_takes_from_dynamo_ray_what_there_is(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "python":
+            taken = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.ImportFrom)]
+            named = {name.name for node in taken if node.module == "dynamo_ray" for name in node.names}
+            assert named <= set(dynamo_ray.__all__), f"{page.name}: {named - set(dynamo_ray.__all__)}"
+
+
+def test_the_policy_that_the_routing_page_writes_runs_in_the_simulator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, used = [block.text for block in blocks(ROOT / "docs/routing.md") if block.language == "python"]
+    (tmp_path / "my_policies.py").write_text(written)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "trace.jsonl").write_text(
+        '{"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]}'
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(policies, "_REGISTERED", {})
+    exec(used, {})
+    hit_share, ttft_s, goodput_per_s = map(float, capsys.readouterr().out.split())
+    assert hit_share == 0.0
+    assert ttft_s > 0.0
+    assert goodput_per_s > 0.0
 
 
 def test_every_guide_is_listed_in_the_readme() -> None:
