@@ -50,6 +50,8 @@ class Dispatch:
         self._follower: asyncio.Task[None] | None = None
         self._known: dict[str, EngineInfo] = {}
         """Of each worker the newest engine there was, though it may be gone."""
+        self._least: tuple[int, int] | None = None
+        """`_limits` of the workers there are; None: they have changed."""
         self.workers = Workers(
             config.limits.heartbeat_timeout_s, self._up, self._down, self._heard, self._turned, self._flushed
         )
@@ -89,11 +91,11 @@ class Dispatch:
         Raises:
             NotReady: No worker was there yet to say.
         """
-        return min(info.max_model_len for info in self._engines())
+        return self._limits()[0]
 
     @property
     def max_logprobs(self) -> int:
-        return min(info.max_logprobs for info in self._engines())
+        return self._limits()[1]
 
     def ready(self) -> str | None:
         """None when every role has a worker; else what is missing, for a person."""
@@ -131,11 +133,14 @@ class Dispatch:
     async def _resync(self, holder: Holder) -> Snapshot | None:
         return None if self.peers is None else await self.peers.resync(holder)
 
-    def _engines(self) -> list[EngineInfo]:
-        engines = [c.info.engine for role in self.config.roles for c in self.workers.of_role(role)]
-        if not engines and not (engines := list(self._known.values())):
-            raise NotReady(self.ready() or "no worker is ready", retry_after_s=5.0)
-        return engines
+    def _limits(self) -> tuple[int, int]:
+        """The least `max_model_len` and `max_logprobs`."""
+        if self._least is None:
+            engines = [c.info.engine for role in self.config.roles for c in self.workers.of_role(role)]
+            if not engines and not (engines := list(self._known.values())):
+                raise NotReady(self.ready() or "no worker is ready", retry_after_s=5.0)
+            self._least = min(e.max_model_len for e in engines), min(e.max_logprobs for e in engines)
+        return self._least
 
     def _explain(self, role: Role) -> str:
         statuses = () if self.membership is None else self.membership.statuses
@@ -159,12 +164,13 @@ class Dispatch:
             self.workers.reconcile(membership)
 
     def _up(self, info: WorkerInfo) -> None:
-        self._known[info.worker] = info.engine
+        self._known[info.worker], self._least = info.engine, None
         self.router.up(info)
         if self.config.events != "none":
             self.events.subscribe(info.worker, info.epoch, info.engine.kv_event_sources)
 
     def _down(self, info: WorkerInfo) -> None:
+        self._least = None
         self.events.unsubscribe(info.worker, info.epoch)
         self.router.down(info)
 
@@ -172,6 +178,7 @@ class Dispatch:
         self.router.heard(info, loads)
 
     def _turned(self) -> None:
+        self._least = None
         self.router.turned()
 
     def _flushed(self, info: WorkerInfo) -> None:

@@ -20,7 +20,7 @@ from dynamo_ray.errors import NotReady
 from dynamo_ray.request.absence import Absence
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed, WorkerConnection
-from dynamo_ray.request.eligible import eligible, not_ready
+from dynamo_ray.request.eligible import Eligible, not_ready
 from dynamo_ray.request.occupancy import Occupancy
 from dynamo_ray.request.queue import Ticket
 from dynamo_ray.request.tally import Tally
@@ -94,6 +94,7 @@ class Router:
         queue = config.router.queue or QueueConfig()
         self.chooser = Chooser(config.model.name, config.router)
         self.index, self.table = self.chooser.index, self.chooser.table
+        self._eligible = Eligible(workers, self.chooser.mask)
         self.room: WaitingRoom[Placement] = WaitingRoom(queue, Placement.free)
         most = config.limits.max_queued_requests
         self._occupancy = Occupancy(self.chooser.ranks, self.table, queue.busy_requests or most, most)
@@ -109,6 +110,7 @@ class Router:
     def up(self, info: WorkerInfo) -> None:
         facts = self._facts(info)
         self.chooser.up(facts)
+        self._eligible.changed()
         self._occupancy.up(facts)
         self._absence.came(info.role)
         if facts.caches_prefixes and not facts.tells_events and self.chooser.policy.reads_overlap:
@@ -122,6 +124,7 @@ class Router:
 
     def down(self, info: WorkerInfo) -> None:
         self.chooser.down(info.worker, info.epoch)
+        self._eligible.changed()
         self._absence.went(info.role)
         self.room.wake()
 
@@ -226,11 +229,7 @@ class Router:
 
     def _nobody_else(self, stuck: int) -> bool:
         """Whether a whole role is stuck which every request needs."""
-        needed = {
-            role
-            for role in self._config.roles
-            if not any(self.chooser.mask(c.info.worker) & ~stuck for c in self._workers.of_role(role))
-        }
+        needed = {role for role in self._config.roles if not self._eligible.everyone(role) & ~stuck}
         return bool(needed - {Role.PREFILL} if self._config.router.prefill_on_decode else needed)
 
     def _choose(self, ask: Ask, prefill: int | None, decode: int) -> Choice:
@@ -277,10 +276,7 @@ class Router:
     def _mask(self, role: Role, attempt: Attempt) -> int:
         # Where requests wait here, it is here that they are put in order.
         priority = 0 if self._held else attempt.request.priority
-        mask = 0
-        for connection in eligible(self._workers, role, attempt, priority):
-            mask |= self.chooser.mask(connection.info.worker)
-        return mask
+        return self._eligible.mask(role, attempt, priority)
 
     def _ask(self, attempt: Attempt) -> Ask:
         request = attempt.request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from backends.engine import RankLoad, Role
@@ -42,11 +42,16 @@ class Workers:
         self._on_load, self._on_turn, self._on_flush = on_load, on_turn, on_flush
         self._live: dict[str, WorkerConnection] = {}
         """By name, in order."""
+        self._by_role: dict[Role, Sequence[WorkerConnection]] = {}
         self._keepers: dict[Key, asyncio.Task[None]] = {}
 
-    def of_role(self, role: Role) -> list[WorkerConnection]:
-        """Those that take new requests now, by name."""
-        return [connection for connection in self._serving(role) if connection.paused is None]
+    def of_role(self, role: Role) -> Sequence[WorkerConnection]:
+        """Those that take new requests now, by name: the same object again until they are others."""
+        found = self._by_role.get(role)
+        if found is None:
+            found = tuple(connection for connection in self._serving(role) if connection.paused is None)
+            self._by_role[role] = found
+        return found
 
     def paused(self, role: Role) -> dict[str, str]:
         """Those that would, but for a command, and what it made of them."""
@@ -89,7 +94,7 @@ class Workers:
                 secret,
                 self._timeout_s,
                 self._on_load,
-                self._on_turn,
+                self._turned,
                 self._on_flush,
                 partial(self._lost, lost),
             )
@@ -97,6 +102,7 @@ class Workers:
                 await connection.connect()
                 if connection.alive:
                     self._live = dict(sorted({**self._live, info.worker: connection}.items()))
+                    self._by_role.clear()
                     self._on_up(info)
                     await lost.wait()
                 log.warning("lost the connection to %s epoch %d", info.worker, info.epoch)
@@ -108,8 +114,13 @@ class Workers:
                 connection.close()
             await asyncio.sleep(RECONNECT_S)
 
+    def _turned(self) -> None:
+        self._by_role.clear()
+        self._on_turn()
+
     def _lost(self, lost: asyncio.Event, connection: WorkerConnection) -> None:
         if self._live.get(connection.info.worker) is connection:
             del self._live[connection.info.worker]
+            self._by_role.clear()
             self._on_down(connection.info)
         lost.set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from backends.engine import EngineInfo, Role, Sampling
@@ -37,7 +39,7 @@ class Connected(Workers):
             for rank in range(2)
         ]
 
-    def of_role(self, role: Role) -> list[WorkerConnection]:
+    def of_role(self, role: Role) -> Sequence[WorkerConnection]:
         made = [
             WorkerConnection(info, b"", 5.0, lambda _info, _loads: None, lambda: None, lambda _: None, lambda _: None)
             for info in self.infos

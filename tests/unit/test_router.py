@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -459,6 +460,32 @@ def test_the_time_from_an_event_to_the_index_is_summed_where_its_publisher_says_
         tally.heard(KVEventBatch(0, 0, [], published_unix_s))
     assert tally.timed_batches == 2
     assert tally.lag_s == pytest.approx(2.0, abs=0.5)
+
+
+def test_who_may_be_asked_is_found_out_once_until_workers_come_go_or_are_halted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        async with cluster(prefill=2, decode=2) as made:
+            looked: Counter[str] = Counter()
+            eligible, mask_of = made.dispatch.router._eligible, made.dispatch.router.chooser.mask
+            monkeypatch.setattr(eligible, "_mask_of", lambda worker: looked.update([worker]) or mask_of(worker))
+            eligible.changed()
+            for turn in range(5):
+                for request in (generation(f"r{turn}"), generation(f"s{turn}", temperature=1.0, seed=7)):
+                    assert len(await collect(made, request)) == 20
+            assert looked == dict.fromkeys(made.nodes, 2), "for each of the two kinds of requests"
+            await made.control(Pause(), "decode-0")
+            assert len(await collect(made, generation("paused"))) == 20
+            assert looked == {"prefill-0": 3, "prefill-1": 3, "decode-0": 2, "decode-1": 3}
+            await made.control(Resume(), "decode-0")
+            await made.nodes.pop("decode-1").kill()
+            await asyncio.sleep(0.01)
+            assert len(await collect(made, generation("alone"))) == 20
+            assert (looked["decode-0"], looked["decode-1"]) == (3, 3)
+            await made.settle()
+
+    clock.run(main())
 
 
 def test_requests_of_one_session_go_to_one_worker() -> None:
