@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 from backends.engine import Command, EngineError, EngineInfo, Feature, GenerateRequest, Role, Sampling
@@ -33,6 +34,12 @@ def check(request: GenerateRequest, info: EngineInfo, vocab_size: int) -> None:
     refusal = lacking(info, wishes(sampling, request.cache_salt, request.priority, request.lora))
     if refusal is not None:
         raise refusal
+
+
+def check_new(request: GenerateRequest, inside: Container[str]) -> None:
+    """Refuse a request whose id is inside already. Raises as `check` does."""
+    if request.request_id in inside:
+        raise _refusal(f"request {request.request_id} is already here", "request_id")
 
 
 class Wishes(NamedTuple):

@@ -106,8 +106,7 @@ class SGLangEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
         admission.check(request, self._check_serving(), self._vocab_size)
-        if request.request_id in self._inside:
-            raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
+        admission.check_new(request, self._inside)
         inside = self._inside[request.request_id] = _Inside()
         finished = False
         try:

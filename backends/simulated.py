@@ -308,8 +308,7 @@ class SimulatedEngine:
         admission.check(request, self._check_serving(), VOCAB_SIZE)
         if self._condition.refusal is not None:
             raise EngineError(self._condition.refusal)
-        if request.request_id in self._live:
-            raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
+        admission.check_new(request, self._live)
         prompt, sampling = request.token_ids, request.sampling
         seed = sampling.seed if sampling.seed is not None else random.getrandbits(31)
         rank = request.dp_rank

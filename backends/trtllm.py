@@ -101,8 +101,7 @@ class TensorRTLLMEngine:
         info = self._check_serving()
         assert self._model is not None
         admission.check(request, info, self._model.vocab_size)
-        if request.request_id in self._inside:
-            raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
+        admission.check_new(request, self._inside)
         rank = self._least_loaded() if request.dp_rank is None else request.dp_rank
         inside = _Inside(request, rank, self._submit(request, rank))
         self._inside[request.request_id] = inside

@@ -107,8 +107,7 @@ class VLLMEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
         admission.check(request, self._check_serving(), self._vocab_size)
-        if request.request_id in self._running:
-            raise EngineError(f"request {request.request_id} is already here", retryable=False, field="request_id")
+        admission.check_new(request, self._running)
         self._running.add(request.request_id)
         handed_over = False
         try:
