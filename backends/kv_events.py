@@ -89,9 +89,12 @@ def unpacked_tokens(data: bytes) -> array[int]:
 
 
 def tokens_to_publish(token_ids: Sequence[int]) -> bytes | list[int]:
-    """Packed; as they are where one is no token id, so that whoever reads them counts it."""
+    """Packed; as they are where one is no token id, so that whoever reads them counts it, and where there are none.
+
+    SGLang's pairs are no token ids either, and a batch of them takes nothing packed.
+    """
     try:
-        return packed_tokens(token_ids)
+        return packed_tokens(token_ids) if token_ids else []
     except (OverflowError, TypeError):
         return list(token_ids)
 

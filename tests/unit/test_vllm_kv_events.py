@@ -80,8 +80,12 @@ def test_of_a_hybrid_model_only_the_group_that_keeps_whole_prefixes_is_told_of()
     assert decode(frames(gone[1])).events == [BlockRemoved([11])]
 
 
-@pytest.mark.parametrize(("tokens", "told"), [([1, 258], b"\x01\0\0\0\x02\x01\0\0"), ([1, -1], [1, -1])])
-def test_our_engine_cores_pack_tokens_that_fit_and_leave_the_rest_to_be_counted(tokens: list[int], told: Any) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [([1, 258], b"\x01\0\0\0\x02\x01\0\0"), ([1, -1], [1, -1]), ([(1, 2)], [(1, 2)]), ([], [])],
+    ids=["packed", "one that is none", "pairs", "none"],
+)
+def test_our_engine_cores_pack_token_ids_and_leave_the_rest_as_it_is(tokens: list[Any], told: Any) -> None:
     """And they leave the engine's own event alone: SGLang goes on appending to the last one."""
     published: list[Any] = []
     publisher = type("ZmqEventPublisher", (), {"publish": lambda self, events: published.extend(events.events)})
