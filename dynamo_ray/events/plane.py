@@ -33,8 +33,11 @@ class Listener(Protocol):
         """Events were lost for good: what the rank said before must be forgotten."""
         ...
 
-    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
-        """All that a rank held before batch `snapshot.sequence`; ends any doubt."""
+    def restoring(self, holder: Holder, snapshot: Snapshot) -> Iterator[None]:
+        """All that a rank held before batch `snapshot.sequence`; ends any doubt.
+
+        In steps, between which others have their turn; nothing of that rank is told meanwhile.
+        """
         ...
 
     def load(self, holder: Holder, load: RankLoad) -> None:
@@ -99,7 +102,7 @@ def event_plane(
         ConfigError: What it takes to reach NATS is not there; names the field.
     """
     if config.nats_events is None:
-        return KVEventSubscriber(listener.apply, listener.uncertain, listener.restore, resync, anomalies)
+        return KVEventSubscriber(listener.apply, listener.uncertain, listener.restoring, resync, anomalies)
     from dynamo_ray.events.nats.subscriber import NatsSubscriber  # late: most need no nats-py
 
     return NatsSubscriber(config.nats_events, app, listener)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
@@ -68,6 +68,16 @@ class Unavailable(msgspec.Struct, frozen=True, array_like=True, tag="unavailable
 _encode = msgspec.msgpack.Encoder().encode
 _asks = msgspec.msgpack.Decoder(Ask)
 _answers = msgspec.msgpack.Decoder(Part | Unavailable)
+
+
+async def in_turns(steps: Iterator[None]) -> None:
+    """Go through the steps of a restoring; others have their turn between them. Cancelled, it goes through the rest."""
+    try:
+        for _ in steps:
+            await asyncio.sleep(0)
+    finally:
+        for _ in steps:
+            pass
 
 
 class _Session:

@@ -21,6 +21,7 @@ from backends.kv_events import (
     decoder,
 )
 from backends.kv_publisher import END_OF_REPLAY
+from dynamo_ray.events.snapshots import in_turns
 from dynamo_ray.routing.anomalies import Anomalies, Anomaly
 from dynamo_ray.routing.kv_index import Holder, Snapshot
 from dynamo_ray.telemetry import Reading
@@ -61,18 +62,18 @@ class KVEventSubscriber:
 
     `apply(holder, batch)` is called for every batch in sequence. `uncertain(holder)` is called when batches are lost
     for good: all that the holder said before must be forgotten. Then `resync` is asked, again at every silence until
-    it knows, and `restore(holder, snapshot)` is called with its answer.
+    it knows, and the steps of `restoring(holder, snapshot)` are gone through with its answer; batches wait meanwhile.
     """
 
     def __init__(
         self,
         apply: Apply,
         uncertain: Callable[[Holder], None],
-        restore: Callable[[Holder, Snapshot], None] | None = None,
+        restoring: Callable[[Holder, Snapshot], Iterator[None]] | None = None,
         resync: Resync = nobody_knows,
         anomalies: Anomalies | None = None,
     ) -> None:
-        self.apply, self.uncertain, self.restore, self.resync = apply, uncertain, restore, resync
+        self.apply, self.uncertain, self.restoring, self.resync = apply, uncertain, restoring, resync
         self.anomalies = Anomalies() if anomalies is None else anomalies
         self._context: zmq.asyncio.Context | None = None
         self._ranks: dict[Holder, _Rank] = {}
@@ -242,8 +243,8 @@ class _Rank:
         except TimeoutError:
             snapshot = None
         self._ask_again_s = asyncio.get_running_loop().time() + RESYNC_RETRY_S
-        if snapshot is not None and snapshot.sequence >= at_least and self._owner.restore is not None:
-            self._owner.restore(self._holder, snapshot)
+        if snapshot is not None and snapshot.sequence >= at_least and self._owner.restoring is not None:
+            await in_turns(self._owner.restoring(self._holder, snapshot))
             self.next_sequence = snapshot.sequence
             self._in_doubt = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -147,8 +147,8 @@ class Router:
     def uncertain(self, holder: Holder) -> None:
         self.chooser.uncertain(holder)
 
-    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
-        self.index.restore(holder, snapshot)
+    def restoring(self, holder: Holder, snapshot: Snapshot) -> Iterator[None]:
+        return self.index.restoring(holder, snapshot)
 
     def load(self, holder: Holder, load: RankLoad) -> None:
         self.chooser.heard(holder, load)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
 EngineHash = int | bytes
 Blocks = dict[int, int]
 """Our block hash -> mask of the ranks that hold it, of one tier. Both are plain ints, so the collector skips it."""
+STEP_BLOCKS = 4_096
+"""Taken in or let go of at a time, where others wait for their turn: some 4 ms."""
 
 
 class Holding:
@@ -71,16 +73,32 @@ class Holding:
         self._aliases = {}
 
     def contents(self) -> tuple[list[EngineHash], list[int], list[tuple[EngineHash, int]]]:
-        """Names, our hashes of them, and copies beyond the first: enough for `replace`."""
+        """Names, our hashes of them, and copies beyond the first: for `replacing`."""
         return list(self._ours), list(self._ours.values()), list(self._copies.items())
 
-    def replace(
-        self, theirs: Sequence[EngineHash], ours: Sequence[int], copies: Iterable[tuple[EngineHash, int]]
-    ) -> None:
-        """Hold exactly this."""
-        self.clear()
-        self._store_one_by_one(theirs, ours)
-        self._copies = {name: count for name, count in copies if name in self._ours and count > 0}
+    def replacing(
+        self, theirs: Sequence[EngineHash], ours: Sequence[int], copies: Sequence[tuple[EngineHash, int]]
+    ) -> Iterator[None]:
+        """Come to hold exactly this, in steps of at most `STEP_BLOCKS`; whoever stops in between must `clear`."""
+        self._copies = {}
+        while self._ours:
+            self._forget(STEP_BLOCKS)
+            yield
+        for step in _steps(len(theirs)):
+            # Whole steps go in as events do, but for blocks of two names, of which an event has none.
+            store = self.store if len(set(ours[step])) == len(ours[step]) else self._store_one_by_one
+            store(theirs[step], ours[step])
+            yield
+        for step in _steps(len(copies)):
+            self._copies.update((name, count) for name, count in copies[step] if name in self._ours and count > 0)
+            yield
+
+    def _forget(self, most: int) -> None:
+        """Let go of that many names, if there are, each with all its copies."""
+        for _ in range(min(most, len(self._ours))):
+            _, block = self._ours.popitem()
+            if not _decrement(self._aliases, block):
+                self._drop_bit(block)
 
     def _take_names(self, theirs: Sequence[EngineHash], ours: Sequence[int]) -> bool:
         """Bind names that should all be new; if one is not, none is bound."""
@@ -124,9 +142,15 @@ class Holding:
             self._blocks[block] = mask | self._bit
 
     def _drop_bit(self, block: int) -> None:
-        mask = self._blocks.pop(block, self._bit)
+        mask = self._blocks.get(block, self._bit)
         if mask != self._bit:
             self._blocks[block] = mask & ~self._bit
+        else:
+            self._blocks.pop(block, None)
+
+
+def _steps(size: int) -> Iterator[slice]:
+    return (slice(start, start + STEP_BLOCKS) for start in range(0, size, STEP_BLOCKS))
 
 
 def _decrement(counts: dict[Any, int], key: EngineHash) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -83,6 +83,8 @@ class KVIndex:
         """Tiers up to the slowest that an event has named."""
         self._holdings: dict[Holder, tuple[Holding, ...]] = {}
         self._doubtful: set[Holder] = set()
+        self._restoring: dict[Holder, Snapshot] = {}
+        """What is being taken in step by step."""
         self.orphan_blocks = 0
 
     @property
@@ -119,6 +121,7 @@ class KVIndex:
         """It holds nothing, for certain."""
         for holding in self._holdings.get(holder, ()):
             holding.clear()
+        self._restoring.pop(holder, None)
         self._doubtful.discard(holder)
 
     def doubt(self, holder: Holder) -> None:
@@ -134,18 +137,29 @@ class KVIndex:
             return None
         return Snapshot(sequence, [TierSnapshot(*holding.contents()) for holding in held[: self._named]])
 
-    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
-        """Take another process's word for all that a rank holds; ends any doubt."""
+    def restoring(self, holder: Holder, snapshot: Snapshot) -> Iterator[None]:
+        """Take another process's word for all that a rank holds, in short steps, of which the last ends any doubt.
+
+        Between them anything may be done but `apply` of this rank. Whatever clears, doubts, restores or removes it has
+        the last word: what is left of this is then dropped.
+        """
         held = self._holdings.get(holder)
         if held is None:
             return
-        self.clear_holder(holder)
-        for holding, tier in zip(held, snapshot.tiers, strict=False):
-            if len(tier.theirs) != len(tier.ours):
-                self.anomalies.saw(Anomaly.LENGTH, holder, "a snapshot of unequal lists")
-                self.doubt(holder)
-                return
-            holding.replace(tier.theirs, tier.ours, tier.copies)
+        if any(len(tier.theirs) != len(tier.ours) for tier in snapshot.tiers):
+            self.anomalies.saw(Anomaly.LENGTH, holder, "a snapshot of unequal lists")
+            self.doubt(holder)
+            return
+        self._doubtful.add(holder)
+        self._restoring[holder] = snapshot
+        tiers = [*snapshot.tiers, *(TierSnapshot([], [], []) for _ in held)]
+        for holding, tier in zip(held, tiers, strict=False):
+            for _ in holding.replacing(tier.theirs, tier.ours, tier.copies):
+                yield
+                if self._restoring.get(holder) is not snapshot:
+                    return
+        del self._restoring[holder]
+        self._doubtful.discard(holder)
         self._named = max(self._named, min(len(snapshot.tiers), len(self._tiers)))
 
     def apply(self, holder: Holder, batch: KVEventBatch) -> None:

@@ -14,7 +14,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from backends.engine import KVEventSource, RankLoad
@@ -48,8 +48,8 @@ class Ingress:
     def uncertain(self, holder: Holder) -> None:
         self.index.doubt(holder)
 
-    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
-        self.index.restore(holder, snapshot)
+    def restoring(self, holder: Holder, snapshot: Snapshot) -> Iterator[None]:
+        return self.index.restoring(holder, snapshot)
 
     def load(self, holder: Holder, load: RankLoad) -> None:
         return

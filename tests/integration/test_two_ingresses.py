@@ -149,7 +149,7 @@ class Follower:
         self.index = KVIndex("m", ranks)
         self.index.add_holder(RANK)
         self.peers = Peers(HOST, LoadTable(ranks), lambda: None, self.snapshot_of)
-        self.events = KVEventSubscriber(self.index.apply, self.index.doubt, self.index.restore, self.peers.resync)
+        self.events = KVEventSubscriber(self.index.apply, self.index.doubt, self.index.restoring, self.peers.resync)
 
     def snapshot_of(self, holder: Holder) -> Snapshot | None:
         sequence = self.events.next_sequence(holder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from backends.engine import KVEventSource, RankLoad
 from backends.kv_events import BlockStored, KVEvent, KVEventBatch
@@ -39,8 +39,8 @@ class Index:
     def uncertain(self, holder: Holder) -> None:
         self.index.doubt(holder)
 
-    def restore(self, holder: Holder, snapshot: Snapshot) -> None:
-        self.index.restore(holder, snapshot)
+    def restoring(self, holder: Holder, snapshot: Snapshot) -> Iterator[None]:
+        return self.index.restoring(holder, snapshot)
 
     def load(self, holder: Holder, load: RankLoad) -> None:
         self.loads[holder] = load

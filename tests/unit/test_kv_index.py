@@ -11,6 +11,7 @@ from backends.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEv
 from backends.simulated_cache import BlockPool
 from dynamo_ray.routing.anomalies import Anomaly
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
+from dynamo_ray.routing.holdings import STEP_BLOCKS
 from dynamo_ray.routing.kv_index import Holder, KVIndex, Snapshot, TierSnapshot
 from dynamo_ray.routing.ranks import Ranks
 
@@ -134,7 +135,7 @@ def test_a_snapshot_carries_a_rank_to_another_process() -> None:
     other.add_holder(A)
     other.doubt(A)
     snapshot = msgspec.msgpack.decode(packed, type=Snapshot)
-    other.restore(A, snapshot)
+    restore(other, snapshot)
     assert (snapshot.sequence, other.doubtful) == (7, set())
     for removed in ([1, 2, 3, 4], [31], [1]):
         assert other.overlap(hashes(tokens)).get(A) == one.overlap(hashes(tokens)).get(A) is not None
@@ -142,8 +143,76 @@ def test_a_snapshot_carries_a_rank_to_another_process() -> None:
             index.apply(A, KVEventBatch(8, 0, [BlockRemoved(list(removed))]))
     assert A not in one.overlap(hashes(tokens)) | other.overlap(hashes(tokens))
     assert other.lookup(hashes(tokens)).host == [(1, 4)], "its first block is on the host, the others by another name"
-    other.restore(A, Snapshot(9, [TierSnapshot([1], [], [])]))
+    restore(other, Snapshot(9, [TierSnapshot([1], [], [])]))
     assert other.doubtful == {A}
+
+
+def restore(index: KVIndex, snapshot: Snapshot) -> int:
+    """Returns in how many steps."""
+    return len(list(index.restoring(A, snapshot)))
+
+
+def contents(index: KVIndex) -> list[tuple[object, ...]]:
+    held = index.snapshot(A, 0)
+    assert held is not None
+    return [(dict(zip(t.theirs, t.ours, strict=True)), dict(t.copies)) for t in held.tiers if t.theirs]
+
+
+def large(first: int, num_blocks: int) -> Snapshot:
+    """One block in 10,000 has three names, and every tenth name was stored twice; half as many are on the host."""
+    names = list(range(first, first + num_blocks))
+    ours = [1_000_000 + name - (name % 10_000 if name % 10_000 in (1, 9_999) else 0) for name in names]
+    device = TierSnapshot(names, ours, [(name, 1) for name in names if name % 10 == 0])
+    return Snapshot(1, [device, TierSnapshot(names[::2], ours[::2], [])])
+
+
+def test_a_large_snapshot_is_taken_in_by_short_steps_and_until_the_last_the_rank_is_in_doubt() -> None:
+    index, fresh = (index_with((A, AllBlocksCleared())) for _ in range(2))
+    other, snapshot = large(50_000, 20_000), large(0, 20_000)
+    restore(index, other)
+    restore(fresh, snapshot)
+    before = index.num_held(A)
+    for _ in index.restoring(A, snapshot):
+        assert abs(index.num_held(A) - before) <= STEP_BLOCKS
+        before = index.num_held(A)
+        assert (index.doubtful, index.snapshot(A, 1)) == ({A}, None)
+    assert index.doubtful == set()
+    assert (
+        contents(index)
+        == contents(fresh)
+        == [(dict(zip(tier.theirs, tier.ours, strict=True)), dict(tier.copies)) for tier in snapshot.tiers]
+    )
+    for again in (index, fresh):
+        again.apply(A, KVEventBatch(9, 0, [BlockRemoved([1, 9_999, 10])]))
+        assert again.overlap([1_000_000]) == again.overlap([1_000_010]) == {A: 1}, "another name, another copy"
+        again.apply(A, KVEventBatch(10, 0, [BlockRemoved([0, 10, 0])]))
+        assert again.overlap([1_000_000]) == again.overlap([1_000_010]) == {}
+    restore(index, Snapshot(2, []))
+    assert (index.num_held(A), index.num_blocks) == (0, 0)
+
+
+@pytest.mark.parametrize("after", range(0, 12, 3))
+@pytest.mark.parametrize("what", ["cleared", "in doubt", "restored", "gone", "known anew"])
+def test_what_happens_to_a_rank_while_a_snapshot_is_taken_in_has_the_last_word(what: str, after: int) -> None:
+    index = index_with((B, stored(list(range(8)), 1)), (A, AllBlocksCleared()))
+    latest = Snapshot(2, [TierSnapshot([5], [7], [])])
+    restore(index, large(50_000, 10_000))
+    for number, _ in enumerate(index.restoring(A, large(0, 10_000))):
+        if number == after:
+            if what == "cleared":
+                index.clear_holder(A)
+            elif what == "in doubt":
+                index.doubt(A)
+            elif what == "restored":
+                restore(index, latest)
+            else:
+                index.remove_holder(A)
+                if what == "known anew":
+                    index.add_holder(A)
+                    index.apply(A, KVEventBatch(0, 0, [stored(list(range(4)), 5)]))
+    assert index.doubtful == ({A} if what == "in doubt" else set())
+    assert index.num_held(A) == (1 if what in ("restored", "known anew") else 0)
+    assert index.num_blocks == (3 if what == "restored" else 2)
 
 
 def test_removal_cuts_the_run_there() -> None:

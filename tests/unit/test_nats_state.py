@@ -20,7 +20,7 @@ from dynamo_ray.events.nats.publisher import Rank
 from dynamo_ray.events.nats.subscriber import NatsSubscriber
 from dynamo_ray.events.plane import Listener
 from dynamo_ray.routing.block_hash import block_hashes, chain_seed
-from dynamo_ray.routing.kv_index import KVIndex
+from dynamo_ray.routing.kv_index import KVIndex, Snapshot
 from dynamo_ray.routing.ranks import Holder, Ranks
 from dynamo_ray.simulator import clock
 
@@ -36,6 +36,11 @@ def tokens(chain: int, depth: int) -> list[int]:
 
 def name(chain: int, depth: int) -> int:
     return 10 * (chain - 1 if chain % 2 and depth < 2 else chain) + depth
+
+
+def restore(index: KVIndex, snapshot: Snapshot) -> None:
+    for _ in index.restoring(HOLDER, snapshot):
+        pass
 
 
 def stored(chain: int, first: int, last: int, lora: str | None = None) -> BlockStored:
@@ -92,7 +97,7 @@ def test_the_parts_of_a_state_make_what_all_events_left(
     pieces = wire.parts(snapshot, part_blocks)
     states = [wire.State(*HOLDER, 9, part, len(pieces), piece, 0.0) for part, piece in enumerate(pieces)]
     again = [wire.decode(wire.encode(state)) for state in states]
-    was_told.index.restore(HOLDER, wire.whole([state for state in again if isinstance(state, wire.State)]))
+    restore(was_told.index, wire.whole([state for state in again if isinstance(state, wire.State)]))
     assert was_told.depths == saw_each.depths
     for event in after:  # also what later events need: names, copies, parents
         saw_each.apply([event])
@@ -152,7 +157,7 @@ def test_a_follower_that_says_exact_holds_what_the_rank_holds_whatever_was_lost(
             if verdict is Verdict.GAP:
                 known.index.doubt(HOLDER)
             elif snapshot is not None:
-                known.index.restore(HOLDER, snapshot)
+                restore(known.index, snapshot)
             elif verdict is Verdict.APPLY and isinstance(message, wire.Events):
                 known.index.apply(HOLDER, message.batch())
             if follower.next_sequence is not None:

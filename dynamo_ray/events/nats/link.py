@@ -156,11 +156,11 @@ class Link:
             info = await jetstream.stream_info(subjects.stream)
         except NotFoundError:
             try:
-                await jetstream.add_stream(wanted)
+                info = await jetstream.add_stream(wanted)
             except BadRequestError as error:
                 if error.err_code != NAME_IN_USE:  # another one has just made it, with other limits
                     raise
-            info = await jetstream.stream_info(subjects.stream)
+                info = await jetstream.stream_info(subjects.stream)
         found = info.config
         if (found.max_age, found.max_bytes, found.num_replicas, sorted(found.subjects or [])) != (
             wanted.max_age,

@@ -23,6 +23,7 @@ from dynamo_ray.events.nats.follower import Follower, Verdict
 from dynamo_ray.events.nats.link import REQUEST_TIMEOUT_S, Link, Stream, end
 from dynamo_ray.events.nats.wire import Subjects
 from dynamo_ray.events.plane import Listener
+from dynamo_ray.events.snapshots import in_turns
 from dynamo_ray.routing.ranks import Holder
 from dynamo_ray.telemetry import Reading
 
@@ -163,6 +164,8 @@ class _Worker:
         self._consumed: int | None = None
         """Messages of the consumer being read; None: one of them is missing."""
         self._caught_up = False
+        self._taking = False
+        """A message that has come: until it is taken no other is heard, which is no silence."""
         self._wake = asyncio.Event()
 
     def found(self, stream: Stream) -> None:
@@ -213,7 +216,7 @@ class _Worker:
             info = await jetstream.add_consumer(stream, config=config)
             self._caught_up = self._caught_up or not info.num_pending
             while self._consumed is not None:
-                if time.monotonic() - self._heard_s > MISSED_HEARTBEATS * HEARTBEAT_S:
+                if not self._taking and time.monotonic() - self._heard_s > MISSED_HEARTBEATS * HEARTBEAT_S:
                     raise TimeoutError("it is silent")
                 if self._caught_up and time.monotonic() >= self._ask_at_s:
                     await self._ask(client, time.monotonic())
@@ -262,14 +265,17 @@ class _Worker:
     async def _take(self, message: Msg) -> None:
         self._owner.received += 1
         self._taken_s = time.monotonic()
+        self._taking = True
         try:
-            self._said(wire.decode(message.data))
+            await self._said(wire.decode(message.data))
         except wire.UnreadableMessage as error:
             self._owner.complain(message.subject, error)
+        finally:
+            self._taking, self._heard_s = False, time.monotonic()
         self._read = message.metadata.sequence.stream
         await asyncio.sleep(0)  # many in a row leave others their turn
 
-    def _said(self, message: wire.Message) -> None:
+    async def _said(self, message: wire.Message) -> None:
         """Raises UnreadableMessage, and nothing has changed."""
         if not isinstance(message, wire.Events | wire.State):
             raise wire.UnreadableMessage(f"{type(message).__name__} among KV events")
@@ -285,7 +291,7 @@ class _Worker:
             self._wake.set()
             owner.listener.uncertain(holder)
         elif snapshot is not None:
-            owner.listener.restore(holder, snapshot)
+            await in_turns(owner.listener.restoring(holder, snapshot))
         elif verdict is Verdict.APPLY and batch is not None:
             owner.listener.apply(holder, batch)
         owner.lag_s = max(0.0, time.time() - message.at_unix_s)
