@@ -80,31 +80,36 @@ async def in_turns(steps: Iterator[None]) -> None:
             pass
 
 
+def pieces(snapshot: Snapshot, most_blocks: int) -> Iterator[tuple[int, TierSnapshot]]:
+    """Its tiers one after the other, by number, each in pieces of so many blocks; at least one."""
+    for number, tier in enumerate(snapshot.tiers):
+        for start in range(0, max(1, len(tier.theirs)), most_blocks):
+            rows = slice(start, start + most_blocks)  # a block is in `copies` once at most
+            yield number, TierSnapshot(tier.theirs[rows], tier.ours[rows], tier.copies[rows])
+
+
+def join(tiers: list[TierSnapshot], number: int, piece: TierSnapshot) -> None:
+    """Add the next of `pieces`."""
+    while len(tiers) <= number:
+        tiers.append(TierSnapshot([], [], []))
+    tiers[number].theirs.extend(piece.theirs)
+    tiers[number].ours.extend(piece.ours)
+    tiers[number].copies.extend(piece.copies)
+
+
 class _Session:
     """What is left to give to one asker."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.asked_s = 0.0
         self.next_part = 0
-        self._snapshot = snapshot
-        self._pieces = deque(
-            (number, slice(start, start + BLOCKS_PER_PART))
-            for number, tier in enumerate(snapshot.tiers)
-            for start in range(0, max(1, len(tier.theirs)), BLOCKS_PER_PART)
-        )
+        self._sequence = snapshot.sequence
+        self._pieces = deque(pieces(snapshot, BLOCKS_PER_PART))
 
     def next(self, now_s: float) -> Part:
-        number, rows = self._pieces.popleft()
-        tier = self._snapshot.tiers[number]
-        part = Part(
-            self.next_part,
-            not self._pieces,
-            self._snapshot.sequence,
-            number,
-            tier.theirs[rows],
-            tier.ours[rows],
-            tier.copies[rows],
-        )
+        number, piece = self._pieces.popleft()
+        last = not self._pieces
+        part = Part(self.next_part, last, self._sequence, number, piece.theirs, piece.ours, piece.copies)
         self.next_part, self.asked_s = self.next_part + 1, now_s
         return part
 
@@ -208,14 +213,9 @@ class Assembly:
         return Snapshot(part.sequence, self._tiers) if part.last else None
 
     def _add(self, part: Part) -> None:
-        if part.tier == len(self._tiers):
-            self._tiers.append(TierSnapshot([], [], []))
-        elif part.tier != len(self._tiers) - 1:
+        if part.tier not in (len(self._tiers) - 1, len(self._tiers)):
             raise NoSnapshot(f"tier {part.tier} after {len(self._tiers)} tiers")
-        tier = self._tiers[-1]
-        tier.theirs.extend(part.theirs)
-        tier.ours.extend(part.ours)
-        tier.copies.extend(part.copies)
+        join(self._tiers, part.tier, TierSnapshot(part.theirs, part.ours, part.copies))
 
 
 async def serve(socket: zmq.asyncio.Socket, answers: Answers) -> None:

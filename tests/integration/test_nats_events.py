@@ -285,7 +285,7 @@ async def test_a_reader_too_slow_for_its_messages_reads_them_again(rig: Rig, mon
     monkeypatch.setattr(publisher, "PART_BLOCKS", 50)
     rig.replica()
     rig.engines[0].store(*range(0, 400))
-    await rig.exact()
+    await rig.exact(30.0)  # a few messages a consumer
     assert reading(rig, "dynamo_ray_nats_consumers_total") > 1
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from urllib.parse import quote
 
 import msgspec
@@ -21,6 +22,7 @@ from backends.kv_events import (
     packed_tokens,
     unpacked_tokens,
 )
+from dynamo_ray.events.snapshots import join, pieces
 from dynamo_ray.routing.kv_index import Snapshot, TierSnapshot
 
 VERSION = 1
@@ -93,25 +95,16 @@ class State(msgspec.Struct, frozen=True, tag_field="kind", tag="state"):
 
 def parts(snapshot: Snapshot, part_blocks: int) -> list[list[TierSnapshot]]:
     """A snapshot in pieces of so many blocks, at least one piece."""
-    pieces: list[list[TierSnapshot]] = []
-    for number, tier in enumerate(snapshot.tiers):
-        for start in range(0, len(tier.theirs), part_blocks):
-            rows = slice(start, start + part_blocks)
-            piece = [TierSnapshot([], [], []) for _ in range(number)]
-            pieces.append([*piece, TierSnapshot(tier.theirs[rows], tier.ours[rows], tier.copies[rows])])
-    return pieces or [[]]
+    nothing = TierSnapshot([], [], [])
+    return [[*repeat(nothing, number), piece] for number, piece in pieces(snapshot, part_blocks)] or [[]]
 
 
 def whole(states: Sequence[State]) -> Snapshot:
     """The inverse of `parts`."""
     tiers: list[TierSnapshot] = []
     for state in states:
-        for number, tier in enumerate(state.tiers):
-            if number == len(tiers):
-                tiers.append(TierSnapshot([], [], []))
-            tiers[number].theirs.extend(tier.theirs)
-            tiers[number].ours.extend(tier.ours)
-            tiers[number].copies.extend(tier.copies)
+        for number, piece in enumerate(state.tiers):
+            join(tiers, number, piece)
     return Snapshot(states[-1].next_sequence, tiers)
 
 
