@@ -258,6 +258,28 @@ def test_a_request_that_lost_its_worker_and_one_that_comes_both_wait_for_the_nex
     clock.run(main())
 
 
+def test_while_the_last_worker_drains_newcomers_wait_for_the_one_that_replaces_it() -> None:
+    async def main() -> None:
+        async with cluster(prefill=0, step_s=0.05) as made:
+            inside = send(made, asked("inside"))
+            await asyncio.sleep(0.1)
+            old = made.nodes.pop("decode-0")
+            draining = asyncio.create_task(old.server.drain(10.0))
+            await asyncio.sleep(0.01)
+            new = send(made, asked("new", size=101))
+            assert len(await inside) == 20
+            assert await draining
+            await old.kill()
+            await asyncio.sleep(5.0)
+            assert not new.done()
+            await made.start("decode-0", Role.AGGREGATED, epoch=2)
+            made.announce()
+            assert len(await new) == 20
+            await made.settle()
+
+    clock.run(main())
+
+
 @pytest.mark.parametrize(("queue", "wait_s"), [({}, 60.0), ({"worker_wait_s": 5.0}, 5.0), (None, 0.0)])
 def test_a_worker_that_does_not_come_is_waited_for_no_longer_than_configured(
     queue: dict[str, Any] | None, wait_s: float
