@@ -64,7 +64,7 @@ def read_topology(text: str) -> Topology:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise TopologyError((f"{text}: cannot be read as YAML: {error}",)) from error
+        raise TopologyError((f"{text}: cannot be read as YAML: {' '.join(str(error).split())}",)) from error
     return from_document(document)
 
 

@@ -31,8 +31,8 @@ def control(app: str, command: Command, worker: str | None = None, *, timeout_s:
         timeout_s: how long a node may take.
 
     Raises:
-        ControlError: Some have not, or there is no such application or worker; says which and why. A worker that has
-            done it in part takes no requests until the command, given again, succeeds.
+        ControlError: Some have not, there is no such application or worker, or no Ray; says which and why. A worker
+            that has done it in part takes no requests until the command, given again, succeeds.
     """
     import ray
     from ray import serve
@@ -41,6 +41,8 @@ def control(app: str, command: Command, worker: str | None = None, *, timeout_s:
     from dynamo_ray.cluster.gang import reason_of
     from dynamo_ray.cluster.presence import ORCHESTRATOR
 
+    if not ray.is_initialized():  # Serve would start one
+        raise ControlError({app: 'this process is joined to no Ray; call ray.init(address=..., namespace="serve")'})
     try:
         handle = serve.get_deployment_handle(ORCHESTRATOR, app)
         answering = handle.control.remote(command, worker, timeout_s)

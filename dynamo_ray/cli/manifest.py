@@ -14,6 +14,7 @@ from dynamo_ray.kubernetes import ray_objects, render
 from dynamo_ray.kubernetes.options import Options
 from dynamo_ray.kubernetes.pods import Object
 from placement.cluster_file import from_document
+from placement.gpus import GPU_TYPES
 from placement.model_shape import ModelShape
 from placement.topology import NO_ACCELERATOR, Topology
 
@@ -81,8 +82,10 @@ def _shapes(checked: CheckedFile, model_config: Path | None) -> dict[str, ModelS
 
 def _misfits(application: Application, topology: str | None, shape: ModelShape | None) -> Iterator[Problem]:
     path = f"applications[{application.index}].args"
+    if topology is None and application.config.accelerator not in (NO_ACCELERATOR, *GPU_TYPES):
+        return  # which is said already; there are no nodes of it to ask for
     try:
-        plan(application.config, topology or _asked_for(application), shape=shape)
+        plan(application.config, _asked_for(application) if topology is None else topology, shape=shape)
     except ConfigError as error:
         for problem in error.problems:
             field = "--topology" if problem.field == "topology" else f"{path}.{problem.field}"

@@ -53,7 +53,7 @@ def layouts(file: Path, given: Given) -> Iterator[tuple[str, Layout]]:
     shape = None if given.model_config is None else read_shape(given.model_config, "--model-config")
     for application in check_file(file).applications:
         try:
-            cluster = given.topology or _live(str(given.address), application.config)
+            cluster = _live(str(given.address), application.config) if given.topology is None else given.topology
             yield application.name, plan(application.config, cluster, assumed, shape)
         except ConfigError as error:
             path = f"applications[{application.index}].args"

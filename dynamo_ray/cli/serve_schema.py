@@ -28,6 +28,9 @@ def check(document: Document) -> list[Problem]:
         ServeDeploySchema.model_validate(document.value)
     except ValidationError as error:
         problems += problems_of(document, (), ServeDeploySchema, error)
+    http = document.value.get("http_options")
+    if isinstance(port := http.get("port") if isinstance(http, dict) else None, int) and not 0 < port < 65536:
+        problems.append(document.problem(("http_options", "port"), f"no port is {port}; write one of 1 to 65535"))
     listed = document.value.get("applications")
     for index, app in enumerate(listed if isinstance(listed, list) else []):
         if isinstance(app, dict):

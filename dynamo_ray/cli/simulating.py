@@ -52,11 +52,17 @@ def reports(file: Path, given: Given) -> Iterator[Report]:
     slo = Slo(given.ttft_s or slo.ttft_s, given.itl_s or slo.itl_s)
     for policy in given.policies or (None,):
         try:
-            yield simulate(config, trace, policy=policy, rate=given.rate, models=models, slo=slo)
+            report = simulate(config, trace, policy=policy, rate=given.rate, models=models, slo=slo)
         except ConfigError as error:
             if policy is None:
                 raise
             raise ConfigError(tuple(Problem("--policy", problem.message) for problem in error.problems)) from error
+        if not report.num_requests:
+            message = (
+                f"none of the trace's {report.num_refused} requests fits a rank; raise block_size * kv_total_blocks"
+            )
+            raise ConfigError((Problem("--rank", message),))
+        yield report
 
 
 def _trace(given: Given) -> tuple[TraceRequest, ...]:

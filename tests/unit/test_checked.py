@@ -63,6 +63,8 @@ def test_what_nobody_could_reach_is_refused(tmp_path: Path, prefix: str, proxy: 
         (f"simulate {LOCAL_SIM} --workload agents --policy latencyy", "--policy: no policy is called 'latencyy'"),
         (f"simulate {LOCAL_SIM} --workload agents --rank step_s", "--rank: step_s: '' is no number"),
         (f"simulate {LOCAL_SIM} --workload agents --rank block_size=1.5", "--rank: block_size: '1.5' is no whole"),
+        (f"simulate {LOCAL_SIM} --workload documents --rank kv_total_blocks=1", "--rank: none of the trace's "),
+        (f"plan {WIDEEP} --topology ''", "--topology: '': there is no such file"),
         ("download org/name", "FOLDER: say where org/name is to be put"),
         ("download name /nowhere", "SOURCE: 'name' is no source"),
         ("validate configs/catalog.yaml", "has no key of a `serve run` file"),

@@ -11,7 +11,7 @@ import pytest
 from backends.engine import Command, Pause, Resume, Sleep, UpdateWeights, Wake
 from dynamo_ray.cli import control, state
 from dynamo_ray.cli.control import Order, command_of
-from dynamo_ray.errors import ConfigError, PreflightError
+from dynamo_ray.errors import ConfigError, ControlError, PreflightError
 
 GIVEN: dict[str, Any] = {"path": None, "abort": False, "discard_weights": False}
 
@@ -79,3 +79,8 @@ def test_a_private_ray_is_joined_with_its_own_token(running: Path) -> None:
     state.keep_ray_token(str(running), "secret")
     control._address_of("sim", 8000)
     assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", "secret")
+
+
+def test_a_process_that_is_joined_to_no_ray_is_told_so_and_starts_none() -> None:
+    with pytest.raises(ControlError, match="joined to no Ray"):
+        control.control("sim", Pause())

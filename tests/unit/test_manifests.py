@@ -289,6 +289,7 @@ def changed(tmp_path: Path, **args: Any) -> Path:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        ({"accelerator": "H1000"}, "args.accelerator: unknown GPU 'H1000'"),
         (
             {"placement": {"leaf_label": "rack"}},
             "placement.leaf_label: KubeRay gives all pods of a group the same labels",

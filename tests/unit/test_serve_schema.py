@@ -32,3 +32,11 @@ def test_what_a_deployment_does_not_take_is_named(tmp_path: Path, option: str, f
     (problem,) = serve_schema.check(config_file.read(file))
     assert (problem.field, problem.line) == (f"applications[0].deployments[0].{field}", 5)
     assert message in problem.message
+
+
+def test_a_port_that_is_none_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("http_options: {port: 80000}\n" + FILE.replace("OPTION", "num_replicas: 1"))
+    (problem,) = serve_schema.check(config_file.read(file))
+    assert (problem.field, problem.line) == ("http_options.port", 1)
+    assert "1 to 65535" in problem.message
