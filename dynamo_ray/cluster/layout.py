@@ -57,6 +57,7 @@ def plan(
 
     Args:
         topology: a Topology, or what `placement.cluster_file.read_topology` reads: 13x8xH100, or a file.
+        assumptions: memory share and KV type in place of the file's, and the tokens of a typical request.
         shape: of the model; None: read from its folder's config.json or, by its name, from those that we know.
 
     Raises:
