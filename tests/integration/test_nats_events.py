@@ -158,7 +158,7 @@ async def test_what_is_said_while_a_rank_is_restored_is_taken_afterwards_even_if
     first.store(*range(200))
     await until(lambda: rig.publisher.idle and rig.publisher.published > 0)
     index = rig.replica()
-    going: set[Holder] = set()
+    begun, going = asyncio.Event(), set[Holder]()
     restoring, apply = index.index.restoring, index.index.apply
 
     def slowly(holder: Holder, snapshot: Snapshot) -> Iterator[None]:
@@ -166,6 +166,7 @@ async def test_what_is_said_while_a_rank_is_restored_is_taken_afterwards_even_if
         if holder == first.holder:
             first.say(BlockRemoved(list(range(0, 200, 2))))
             _kill(nats_server)
+            begun.set()
         for _ in range(300):
             time.sleep(0.001)
             yield
@@ -178,7 +179,8 @@ async def test_what_is_said_while_a_rank_is_restored_is_taken_afterwards_even_if
 
     monkeypatch.setattr(index.index, "restoring", slowly)
     monkeypatch.setattr(index.index, "apply", apply_only_afterwards)
-    await until(lambda: first.holder in going)
+    async with asyncio.timeout(HEAL_S):
+        await begun.wait()
     await until(lambda: not rig.replicas[0][1].link.connected)
     monkeypatch.setattr(index.index, "restoring", restoring)
     nats_server.start()
