@@ -129,6 +129,13 @@ def show(made: Iterator[Report], in_json: bool) -> None:
     )
     if found[0].num_refused:
         console.print(f"{found[0].num_refused} requests are too long for any rank, and are left out")
+    for report in found:
+        if report.num_turned_away:
+            console.print(
+                f"{report.policy}: {report.num_turned_away} requests came while router.queue was full (429), and have "
+                "neither TTFT nor goodput",
+                soft_wrap=True,
+            )
 
 
 def _table(found: Sequence[Report]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from backends.simulated_args import parse_args
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError, Problem
 from dynamo_ray.routing.block_hash import chain_seed
-from dynamo_ray.routing.chooser import Booked, Choice, Chooser, WorkerFacts
+from dynamo_ray.routing.chooser import Booked, Choice, WorkerFacts
 from dynamo_ray.routing.policy import Ask
 from dynamo_ray.routing.ranks import Holder
 from dynamo_ray.simulator.group import Group
 from dynamo_ray.simulator.ideal import ideal_hit_tokens
 from dynamo_ray.simulator.rank import Leg, Rank, RankModel, What
 from dynamo_ray.simulator.report import Percentiles, Report, Slo
+from dynamo_ray.simulator.router import Arrival, Placed, Router
 from dynamo_ray.simulator.traces import TraceRequest, faster, read_trace
 
 EVENT_DELAY_S = 0.005
@@ -46,6 +46,7 @@ def simulate(
     """Replay a trace through the deployment's router; same inputs, same report but for `decision_cpu_s`.
 
     Nothing is started. Every worker's DP ranks step in lockstep; what can never fit a rank is refused and counted.
+    Requests wait in the ingress as `router.queue` has it, and are refused where it is full; nobody has a deadline.
 
     Args:
         trace: a file of Mooncake's format, or requests in order of arrival.
@@ -132,10 +133,9 @@ class _Replay:
         self._policy = config.router.policy
         self._models = models
         self._seed = chain_seed(config.model.name)
-        self._chooser = Chooser(config.model.name, config.router)
+        self._router = Router(config)
         self._groups: dict[str, Group] = {}
         self._roles: dict[Role, list[Rank]] = {role: [] for role in config.roles}
-        self._masks = dict.fromkeys(Role, 0)
         self._told: deque[tuple[float, Holder, KVEventBatch]] = deque()
         """KV events on their way to the router."""
         self._sent = dict[Holder, int]()
@@ -146,7 +146,8 @@ class _Replay:
         self._live: dict[int, _Request] = {}
         self._done: list[_Request] = []
         self._hit_tokens = 0
-        self._decision_s = 0.0
+        self._woken = False
+        """Those that wait will be looked at, in this moment."""
         for role, role_config in config.roles.items():
             for replica in range(role_config.replicas):
                 self._add(f"{role.value}-{replica}", role, role_config.parallelism.attn_dp)
@@ -155,12 +156,12 @@ class _Replay:
         fitting = [request for request in trace if self._fits(request)]
         for number, request in enumerate(fitting):
             self._at(request.arrival_s, partial(self._arrive, number, request))
-        for arrival_s in range(int(fitting[-1].arrival_s) + 1 if fitting else 0):
-            self._at(float(arrival_s), self._tell_load)
+        self._at(0.0, self._tell_load)
         while self._heap:
             now_s, _, happen = heappop(self._heap)
             happen(now_s)
         assert not self._live, "every request ends"
+        assert not self._router.any_waits, "nobody waits for ranks that are free"
         return self._report(fitting, len(trace) - len(fitting), rate)
 
     def _add(self, worker: str, role: Role, num_ranks: int) -> None:
@@ -174,8 +175,7 @@ class _Replay:
             kv_total_blocks=model.kv_total_blocks,
             handoff="none" if role is Role.AGGREGATED else "sequential",
         )
-        self._chooser.up(facts)
-        self._masks[role] |= self._chooser.mask(worker)
+        self._router.up(facts)
         self._groups[worker] = group = Group(worker, model, num_ranks)
         self._roles[role] += group.ranks
 
@@ -188,22 +188,34 @@ class _Replay:
 
     def _arrive(self, number: int, asked: TraceRequest, now_s: float) -> None:
         self._hear(now_s)
-        prompt = asked.token_ids()
-        ask = Ask(prompt, self._seed, asked.answer_tokens, asked.session)
-        before_s = time.thread_time()
-        choice = self._chooser.choose(ask, self._masks[Role.PREFILL] or None, self._decode_mask, now_s)
-        booked = self._chooser.book(choice, now_s)
-        self._decision_s += time.thread_time() - before_s
-        self._live[number] = _Request(asked, number, choice, booked)
+        ask = Ask(asked.token_ids(), self._seed, asked.answer_tokens, asked.session)
+        placed = self._router.enter(Arrival(number, asked, ask), now_s)
+        if placed is not None:
+            self._send(placed, now_s)
+        else:
+            self._room(now_s)  # it may stand before all others
+
+    def _room(self, now_s: float) -> None:
+        """Something may be free: look, as soon as all else of this moment is done."""
+        if self._router.any_waits and not self._woken:
+            self._woken = True
+            self._at(now_s, self._look)
+
+    def _look(self, now_s: float) -> None:
+        self._woken = False
+        self._hear(now_s)
+        for placed in self._router.leaving(now_s):
+            self._send(placed, now_s)
+
+    def _send(self, placed: Placed, now_s: float) -> None:
+        arrival, choice = placed.arrival, placed.choice
+        number, prompt = arrival.number, list(arrival.ask.token_ids)
+        self._live[number] = _Request(arrival.asked, number, choice, placed.booked)
         if choice.prefill is None:
-            answer = [_FIRST_ANSWER_TOKEN + number] * asked.answer_tokens
+            answer = [_FIRST_ANSWER_TOKEN + number] * arrival.asked.answer_tokens
             self._submit(choice.decode.holder, Leg(number, prompt + answer, len(prompt), Role.AGGREGATED), now_s)
         else:
             self._submit(choice.prefill.holder, Leg(number, prompt, len(prompt), Role.PREFILL), now_s)
-
-    @property
-    def _decode_mask(self) -> int:
-        return self._masks[Role.AGGREGATED] or self._masks[Role.DECODE]
 
     def _submit(self, holder: Holder, leg: Leg, now_s: float) -> None:
         group = self._groups[holder.worker]
@@ -240,6 +252,7 @@ class _Replay:
             if what is What.FIRST_TOKEN:
                 request.first_token_s = now_s
                 request.booked.first_token(now_s)
+                self._room(now_s)
             elif leg.role is Role.PREFILL:
                 self._hand_over(request, leg, now_s)
             else:
@@ -253,6 +266,7 @@ class _Replay:
         """The prompt is computed: its decode leg asks for blocks, and the prefill rank keeps its own until then."""
         self._hit_tokens += leg.cached
         request.booked.prefill_done(now_s)
+        self._room(now_s)
         request.prefill = leg
         answer = [_FIRST_ANSWER_TOKEN + request.number] * request.asked.answer_tokens
         decode = Leg(request.number, leg.tokens + answer, leg.prompt_tokens, Role.DECODE)
@@ -272,6 +286,7 @@ class _Replay:
         request.last_token_s = now_s
         request.booked.free(now_s, request.asked.answer_tokens)
         self._done.append(self._live.pop(request.number))
+        self._room(now_s)
 
     def _tell(self, group: Group, now_s: float) -> None:
         """Send what the group's ranks have stored and evicted on its way to the router."""
@@ -286,12 +301,15 @@ class _Replay:
     def _hear(self, now_s: float) -> None:
         while self._told and self._told[0][0] <= now_s:
             _, holder, batch = self._told.popleft()
-            self._chooser.apply(holder, batch)
+            self._router.chooser.apply(holder, batch)
 
     def _tell_load(self, now_s: float) -> None:
         for group in self._groups.values():
             for rank in group.ranks:
-                self._chooser.heard(Holder(group.worker, 1, rank.dp_rank), rank.load())
+                self._router.heard(Holder(group.worker, 1, rank.dp_rank), rank.load())
+        self._room(now_s)
+        if self._heap:
+            self._at(now_s + LOAD_INTERVAL_S, self._tell_load)
 
     def _report(self, trace: Sequence[TraceRequest], num_refused: int, rate: float) -> Report:
         caching = Role.PREFILL if Role.PREFILL in self._roles else Role.AGGREGATED
@@ -304,6 +322,7 @@ class _Replay:
             num_ranks=sum(map(len, self._roles.values())),
             num_requests=len(trace),
             num_refused=num_refused,
+            num_turned_away=self._router.num_refused,
             duration_s=last_s - trace[0].arrival_s if trace else 0.0,
             prompt_tokens=sum(request.prompt_tokens for request in trace),
             hit_tokens=self._hit_tokens,
@@ -313,7 +332,7 @@ class _Replay:
             slo=self._slo,
             num_within_slo=sum(request.within(self._slo) for request in done),
             max_over_mean_load=max(_max_over_mean(ranks) for ranks in self._roles.values()),
-            decision_cpu_s=self._decision_s / len(trace) if trace else 0.0,
+            decision_cpu_s=self._router.decision_cpu_s / len(trace) if trace else 0.0,
         )
 
 

@@ -41,6 +41,8 @@ class Report:
     num_requests: int
     num_refused: int
     """Too long for any rank: never dispatched, in nothing below."""
+    num_turned_away: int
+    """Came while the ingress's queue was full: requests and prompt tokens without a hit, a TTFT or goodput."""
     duration_s: float
     """From the first arrival to the last token."""
     prompt_tokens: int

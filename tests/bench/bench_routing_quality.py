@@ -6,9 +6,11 @@ hit tokens at least 90% of one cache with the same total capacity, p90 TTFT and 
 `round_robin` and `session`, max/mean rank load at most 1.2. Goodput counts as better where it is higher, and where all
 requests of both are within the SLO. Load is the work a rank was given: tokens computed and decoded over the run.
 
-    python tests/bench/bench_routing_quality.py [--check] [--plot FILE.svg] [--json FILE]
+    python tests/bench/bench_routing_quality.py [--check] [--queue ORDER] [--plot FILE.svg] [--json FILE]
 
-Replays are in virtual time: the numbers are the same on every machine, but for the cost of a decision.
+Without --queue nothing waits in the ingress: every request goes to its rank as it comes. With it every policy has the
+ingress's queue, which holds as many as the trace has. Replays are in virtual time: the numbers are the same on every
+machine, but for the cost of a decision.
 """
 
 from __future__ import annotations
@@ -74,20 +76,27 @@ def trace_of(name: str) -> tuple[TraceRequest, ...]:
     return read_trace(TRACE) if name == "mooncake" else WORKLOADS[name](seed=1)
 
 
-def replay(case: tuple[Point, str]) -> Report:
-    point, policy = case
+def replay(case: tuple[Point, str, str | None]) -> Report:
+    """Of a point, a policy, and the order of the ingress's queue; None: it has none."""
+    point, policy, order = case
     workers = {"replicas": point.workers, "parallelism": {"attn_dp": point.attn_dp}}
-    return _replayed(point, policy, workers, size=1)
+    queue = None if order is None else {"order": order, "max_waiting": len(trace_of(point.trace))}
+    return _replayed(point, policy, workers, queue, size=1)
 
 
 def one_rank(point: Point) -> Report:
     """The same requests on one rank with the memory and the speed of all of them, where nothing is to be chosen."""
-    return _replayed(point, OURS, {"replicas": 1}, size=point.workers * point.attn_dp)
+    return _replayed(point, OURS, {"replicas": 1}, None, size=point.workers * point.attn_dp)
 
 
-def _replayed(point: Point, policy: str, workers: dict[str, Any], size: int) -> Report:
+def _replayed(point: Point, policy: str, workers: dict[str, Any], queue: dict[str, Any] | None, size: int) -> Report:
     config = DeploymentConfig.model_validate(
-        {"model": {"name": "bench", "path": "/nowhere"}, "backend": "simulated", "aggregated": workers}
+        {
+            "model": {"name": "bench", "path": "/nowhere"},
+            "backend": "simulated",
+            "aggregated": workers,
+            "router": {"queue": queue},
+        }
     )
     model = RankModel(
         block_size=512,
@@ -203,14 +212,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every report there")
     parser.add_argument("--only", default="", help="points whose name holds this")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="others are left out, and not judged by")
+    parser.add_argument("--queue", choices=("fcfs", "shortest"), help="requests of every policy wait in the ingress")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     given = parser.parse_args()
     points = [point for point in (*JUDGED, *SHOWN) if given.only in str(point)]
-    cases = [(point, policy) for point in points for policy in given.policies]
+    cases = [(point, policy, given.queue) for point in points for policy in given.policies]
     found: dict[Point, list[Report]] = {point: [] for point in points}
     missed = 0
+    print(f"queue in the ingress, of every policy: {given.queue or 'none'}")
     with ProcessPoolExecutor(given.jobs) as pool:
-        for (point, policy), report in zip(cases, pool.map(replay, cases), strict=True):
+        for (point, policy, _), report in zip(cases, pool.map(replay, cases), strict=True):
             found[point].append(report)
             if policy != given.policies[-1]:
                 continue
@@ -230,7 +241,11 @@ def main() -> int:
     judged = sum(point in JUDGED for point in points)
     print(f"{judged - missed} of {judged} judged points keep every number")
     if given.json is not None:
-        rows = [{"point": str(point), **dataclasses.asdict(report)} for point in points for report in found[point]]
+        rows = [
+            {"point": str(point), "queue": given.queue, **dataclasses.asdict(report)}
+            for point in points
+            for report in found[point]
+        ]
         given.json.write_text(json.dumps(rows, indent=1))
     if given.plot is not None:
         plot(found, given.plot)

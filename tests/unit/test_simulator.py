@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from backends.engine import Role
-from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.config import DeploymentConfig, RouterConfig
 from dynamo_ray.errors import ConfigError
 from dynamo_ray.simulator.group import Group
 from dynamo_ray.simulator.ideal import ideal_hit_tokens
@@ -187,6 +187,46 @@ def test_the_same_replay_twice_is_the_same() -> None:
     ]
     first, second = (replace(report, decision_cpu_s=0.0) for report in reports)
     assert first == second
+
+
+def waiting(**queue: object) -> DeploymentConfig:
+    """Of one rank that takes one request at a time; the others wait in the ingress."""
+    router = RouterConfig.model_validate({"queue": {"busy_requests": 1, **queue}})
+    return aggregated(1).model_copy(update={"router": router})
+
+
+def test_requests_wait_as_the_queue_of_the_configuration_has_it() -> None:
+    model = RankModel(512, 100, max_batched_tokens=8192, prefill_tokens_per_s=512.0, step_s=0.0)
+    # 4 s of computing, and two that come meanwhile: of 3 s, then of 1 s.
+    trace = [request(0.0, (1, 2, 3, 4)), request(1.0, (5, 6, 7)), request(2.0, (8,))]
+    found = {}
+    for name, config in {
+        "fcfs": waiting(),
+        "shortest": waiting(order="shortest"),
+        "aged": waiting(order="shortest", ageing_tokens_per_s=2000.0),
+        "full": waiting(max_waiting=1),
+        "none": aggregated(1).model_copy(update={"router": RouterConfig(queue=None)}),
+    }.items():
+        report = simulate(config, trace, models={Role.AGGREGATED: model})
+        found[name] = (report.ttft_s.p50, report.ttft_s.p99, report.num_turned_away)
+    assert found == {
+        "fcfs": (6.0, 6.0, 0),
+        "shortest": (4.0, 7.0, 0),
+        "aged": (6.0, 6.0, 0),
+        "full": (4.0, 6.0, 1),
+        "none": (6.0, 7.0, 0),
+    }
+
+
+def test_requests_that_wait_go_on_after_the_last_has_come() -> None:
+    """Ranks go on telling their load: one that said it was full, of requests that share a prefix, does not stay so."""
+    trace = [request(n * 0.05, (*range(9), 9 + n), answer=100) for n in range(60)]
+    reports = [
+        simulate(config, trace, models={Role.AGGREGATED: replace(LARGE, kv_total_blocks=24)})
+        for config in (aggregated(2), aggregated(2).model_copy(update={"router": RouterConfig(queue=None)}))
+    ]
+    assert reports[0].ttft_s != reports[1].ttft_s, "some waited here"
+    assert reports[0].duration_s < 1.5 * reports[1].duration_s
 
 
 def test_what_fits_no_rank_is_refused_and_counted() -> None:
