@@ -61,7 +61,7 @@ from backends.processes import (
 from backends.startup import Startup
 from backends.vllm_control import Control
 from backends.vllm_cpu_fixes import installed_version
-from backends.vllm_processes import launch_with_our_mains
+from backends.vllm_processes import imported_for_good, launch_with_our_mains
 from backends.vllm_requests import PromptSources
 from backends.vllm_stats import EngineCounters, RankRecorder
 
@@ -72,7 +72,7 @@ WIRE_FORMATS = {"0.32.0": "vllm-0.32", "0.33.0": "vllm-0.33"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 STRUCTURES = (Feature.JSON_OBJECT, Feature.JSON_SCHEMA, Feature.REGEX, Feature.GRAMMAR)
 STOP_TIMEOUT_S = 3.0
-"""After this an engine core is killed; its own teardown takes 2 s, and then it idles for 3 more."""
+"""After this an engine core is killed; its own teardown takes less than one."""
 MAX_REMEMBERED_HANDOFFS = 65_536
 """Prefill legs whose vLLM id is kept for `release`; an older one's lease has long ended."""
 
@@ -231,7 +231,9 @@ class VLLMEngine:
     def _configure(self, args: dict[str, Any], **how: Any) -> Any:
         """vLLM's own configuration, checked; the first thing in the launcher's thread."""
         try:
-            from vllm.engine.arg_utils import AsyncEngineArgs
+            with imported_for_good():
+                import vllm.v1.engine.async_llm  # noqa: F401 - here, for the launch
+                from vllm.engine.arg_utils import AsyncEngineArgs
         except ImportError as error:
             raise EngineStartError(f"the vLLM backend needs the package {error.name!r}; run `make setup`") from error
         self._version = arguments.check_installed("vllm", self.spec.version, installed_version() or "unknown")
