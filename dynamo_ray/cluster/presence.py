@@ -5,8 +5,6 @@ from __future__ import annotations
 from enum import StrEnum
 
 import ray
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.schema import ApplicationStatus, ServeInstanceDetails
 
 ORCHESTRATOR = "Orchestrator"
 """The deployment that owns an application's workers."""
@@ -25,7 +23,11 @@ class Presence(StrEnum):
 
 
 def presence(app: str) -> Presence:
-    """Ask the controller. Blocks; a few ms."""
+    """Ask the controller. Blocks; a few ms, and the first time about a second where Serve was not imported before."""
+    # Here, because node actors need no Serve unless they are left alone: it doubles what one of them imports.
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    from ray.serve.schema import ApplicationStatus, ServeInstanceDetails
+
     try:
         # By name, each time: `serve.status()` goes on asking the first one it found after that has died.
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
