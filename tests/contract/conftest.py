@@ -17,11 +17,15 @@ from backends.engine import Role
 
 @pytest.fixture(autouse=True)
 def what_a_failed_start_left_is_collected() -> Iterator[None]:
-    """vLLM leaves ZeroMQ contexts of starts that fail to the garbage collector, which would warn in a later test."""
+    """vLLM leaves ZeroMQ contexts of starts that fail to the garbage collector, which would warn in a later test.
+
+    What survives a test is set aside: to look through all of vLLM and torch takes half a second each time.
+    """
     yield
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unclosed context", ResourceWarning)
         gc.collect()
+    gc.freeze()
 
 
 async def _site(backend: str, **fields: Any) -> AsyncIterator[Site]:

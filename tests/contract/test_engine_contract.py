@@ -320,7 +320,7 @@ async def test_a_release_right_after_the_handoff_frees_too(pair: Site) -> None:
     await wait_until_idle(pair.prefill)
 
 
-@pytest.mark.parametrize("computing_s", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("computing_s", [0.0, 0.02, 0.1])
 async def test_closing_a_prefill_leg_around_its_handoff_frees_its_kv(pair: Site, computing_s: float) -> None:
     """Its hand-off is still to be made, on its way to us, or here and unread; nobody fetches it."""
     for turns in range(12):
@@ -569,11 +569,12 @@ async def test_a_command_that_the_engine_has_not_is_refused(site: Site, name: st
 
 async def test_a_paused_engine_stands_still_and_goes_on_where_it_was(site: Site) -> None:
     commands(site, "pause", "resume")
-    whole = await answer(site.aggregated, prompt(33), greedy(200))
+    sampling = greedy(40 if site.kind.pins_cores else 200)  # a real model's step takes longer than anything here
+    whole = await answer(site.aggregated, prompt(33), sampling)
     seen: list[int] = []
 
     async def follow() -> None:
-        async for chunk in site.aggregated.generate(request(prompt(33), greedy(200))):
+        async for chunk in site.aggregated.generate(request(prompt(33), sampling)):
             seen.extend(chunk.token_ids)
 
     following = asyncio.create_task(follow())
@@ -585,7 +586,7 @@ async def test_a_paused_engine_stands_still_and_goes_on_where_it_was(site: Site)
         late = asyncio.create_task(answer(site.aggregated, prompt(5), greedy(1)))
         await asyncio.sleep(0.5)
         assert (len(seen), late.done()) == (stood, False)
-        assert stood < 200
+        assert stood < sampling.max_tokens
     finally:
         await site.aggregated.control(Resume())
     await following

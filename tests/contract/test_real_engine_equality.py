@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from engines import PROMPT_LENGTHS, SMOLLM2, Answer, Site, answer, greedy, hand_over, prompt, wait_until_idle
+from engines import EDGES, SMOLLM2, Answer, Site, answer, greedy, hand_over, prompt, wait_until_idle
 from tokenizers import Tokenizer
 
 from backends.engine import EngineError, KVHandoff, Role
@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarni
 
 ANSWER_TOKENS = 12
 CONCURRENCY = 6
+LENGTHS = [length for length in EDGES if length < 600]
+"""Around multiples of the block size. tests/e2e/test_local.py has fifty, to 1,500 tokens, over the whole stack."""
 
 
 def chat(question: str) -> list[int]:
@@ -32,11 +34,10 @@ def text_of(got: Answer) -> str:
     return text
 
 
-@pytest.mark.timeout(600)
-async def test_fifty_handed_over_prompts_are_answered_as_by_an_independent_engine(vllm_site: Site) -> None:
+async def test_handed_over_prompts_are_answered_as_by_an_independent_engine(vllm_site: Site) -> None:
     decode = vllm_site.decode
     assert isinstance(decode, VLLMEngine)
-    prompts = [prompt(length, seed=1000 + i) for i, length in enumerate(PROMPT_LENGTHS)]
+    prompts = [prompt(length, seed=1000 + i) for i, length in enumerate(LENGTHS)]
     before = replace(decode.counters)
     gate = asyncio.Semaphore(CONCURRENCY)
 
@@ -50,20 +51,20 @@ async def test_fifty_handed_over_prompts_are_answered_as_by_an_independent_engin
 
     results = await asyncio.gather(*(both(ids) for ids in prompts))
     different = [
-        length for length, (whole, split) in zip(PROMPT_LENGTHS, results, strict=True) if whole.tokens != split.tokens
+        length for length, (whole, split) in zip(LENGTHS, results, strict=True) if whole.tokens != split.tokens
     ]
     assert different == [], "prompt lengths whose answers differ"
-    assert len({token for whole, _ in results for token in whole.tokens}) > 100, "degenerate answers hide errors"
+    assert len({token for whole, _ in results for token in whole.tokens}) > 60, "degenerate answers hide errors"
     await wait_until_idle(vllm_site.prefill)
     await wait_until_idle(decode)
     computed = decode.counters.computed_tokens - before.computed_tokens
     transferred = decode.counters.transferred_tokens - before.transferred_tokens
-    assert computed + transferred == sum(PROMPT_LENGTHS)
+    assert computed + transferred == sum(LENGTHS)
     # A prompt of one token has nothing before its last, which the decode engine computes anyhow.
-    assert transferred == sum(length for length in PROMPT_LENGTHS if length > 1)
+    assert transferred == sum(length for length in LENGTHS if length > 1)
     assert decode.counters.transferred_bytes > before.transferred_bytes
     assert decode.counters.failed_transfers == before.failed_transfers
-    for length, (_, split) in zip(PROMPT_LENGTHS, results, strict=True):
+    for length, (_, split) in zip(LENGTHS, results, strict=True):
         first = split.chunks[0]
         assert first.cached_tokens is not None
         assert first.transferred_tokens is not None

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import multiprocessing
 import time
+from dataclasses import dataclass
 
 import psutil
 import pytest
+import pytest_asyncio
 from engines import TINY_DEEPSEEK, Site, answer, collect, engine_processes, greedy, hand_over, prompt, request, spec
 
-from backends.engine import EngineError, EngineStartError, Role, UpdateWeights
+from backends.engine import Engine, EngineError, EngineStartError, Role, UpdateWeights
 from backends.vllm import VLLMEngine
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
@@ -29,15 +31,35 @@ def children() -> set[psutil.Process]:
     return found
 
 
-async def test_idle_engines_that_have_handed_over_take_next_to_no_cpu(vllm_site: Site) -> None:
-    """NIXL's progress thread polls without pause unless repaired; so it does after a keepalive of UCX, 20 s on."""
+@dataclass(frozen=True)
+class Idle:
+    """What engines that have nothing to do take from a moment on."""
+
+    processes: list[psutil.Process]
+    before_s: list[float]
+    since_s: float
+
+    @classmethod
+    def now(cls, *engines: Engine) -> Idle:
+        processes = [process for engine in engines for process in engine_processes(engine)]
+        return cls(processes, [cpu_s(process) for process in processes], time.monotonic())
+
+    def share(self) -> float:
+        """Of a core, of the one that took most."""
+        used_s = [cpu_s(process) - before_s for process, before_s in zip(self.processes, self.before_s, strict=True)]
+        return max(used_s) / (time.monotonic() - self.since_s)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    user_s, system_s, *_ = process.cpu_times()
+    return float(user_s + system_s)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def idle(vllm_site: Site) -> Idle:
+    """The pair, from just after a hand-off; tests that ask for it leave the pair alone."""
     await hand_over(vllm_site, prompt(40, seed=77), greedy(2))
-    processes = [*engine_processes(vllm_site.prefill), *engine_processes(vllm_site.decode)]
-    before = [sum(process.cpu_times()[:2]) for process in processes]
-    started_s = time.monotonic()
-    await asyncio.sleep(24.0)  # what is measured is time passing
-    used = [sum(process.cpu_times()[:2]) - cpu_s for process, cpu_s in zip(processes, before, strict=True)]
-    assert max(used) / (time.monotonic() - started_s) < 0.25
+    return Idle.now(vllm_site.prefill, vllm_site.decode)
 
 
 async def test_a_worker_stays_within_its_memory(vllm_site: Site) -> None:
@@ -79,31 +101,6 @@ async def test_a_request_over_the_users_queue_limit_is_an_error_to_retry(
     assert (await answer(vllm_site.aggregated, [5, 10], greedy(1))).tokens
 
 
-async def test_the_cause_of_a_failed_start_is_named_and_nothing_is_left() -> None:
-    before = children()
-    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, engine_args={"kv_cache_memory_bytes": 1 * MIB}))
-    with pytest.raises(EngineStartError) as failure:
-        await engine.start()
-    assert "one request of 2048 tokens needs 0.01 GiB; lower aggregated.engine_args.max_model_len" in str(failure.value)
-    assert "| ValueError: To serve at least one request" in str(failure.value)
-    await engine.stop()
-    assert children() <= before
-
-
-async def test_a_start_that_is_given_up_leaves_nothing() -> None:
-    before, cores_before = children(), set(multiprocessing.active_children())
-    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK))
-    start = asyncio.create_task(engine.start())
-    while not set(multiprocessing.active_children()) - cores_before:
-        assert not start.done(), start
-        await asyncio.sleep(0.05)
-    start.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await start
-    assert children() <= before
-    await engine.stop()
-
-
 async def test_new_weights_wait_until_what_is_handed_over_is_fetched(vllm_site: Site) -> None:
     """Its blocks are of the old ones, and decode may be reading them."""
     ids = prompt(70, seed=31)
@@ -119,3 +116,34 @@ async def test_new_weights_wait_until_what_is_handed_over_is_fetched(vllm_site: 
     again = await collect(vllm_site.prefill, request(ids, greedy(1), leg=Role.PREFILL))
     assert again.chunks[0].cached_tokens == 0
     await vllm_site.prefill.release(again.chunks[0].request_id)
+
+
+async def test_the_cause_of_a_failed_start_is_named_and_nothing_is_left(idle: Idle) -> None:
+    before = children()
+    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, engine_args={"kv_cache_memory_bytes": 1 * MIB}))
+    with pytest.raises(EngineStartError) as failure:
+        await engine.start()
+    assert "one request of 2048 tokens needs 0.01 GiB; lower aggregated.engine_args.max_model_len" in str(failure.value)
+    assert "| ValueError: To serve at least one request" in str(failure.value)
+    await engine.stop()
+    assert children() <= before
+
+
+async def test_a_start_that_is_given_up_leaves_nothing(idle: Idle) -> None:
+    before, cores_before = children(), set(multiprocessing.active_children())
+    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK))
+    start = asyncio.create_task(engine.start())
+    while not set(multiprocessing.active_children()) - cores_before:
+        assert not start.done(), start
+        await asyncio.sleep(0.05)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert children() <= before
+    await engine.stop()
+
+
+async def test_idle_engines_that_have_handed_over_take_next_to_no_cpu(idle: Idle) -> None:
+    """NIXL's progress thread polls without pause unless repaired; so it does after a keepalive of UCX, 20 s on."""
+    await asyncio.sleep(idle.since_s + 24.0 - time.monotonic())  # what is measured is time passing
+    assert idle.share() < 0.25

@@ -44,6 +44,8 @@ def fake_cluster(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Cluster]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
+        # Nodes without what only a dashboard asks of them, which each takes a second of CPU to import.
+        patch.setattr("ray._private.utils.get_dashboard_dependency_error", lambda: ImportError("nobody looks"))
         made = Cluster()
         undo.callback(made.shutdown)
         # Port 0: any that is free, as the cluster of another test may have the usual one.

@@ -39,9 +39,9 @@ from dynamo_ray.request.wire import WorkerInfo
 SMOLLM2 = "smollm2-135m-instruct"
 TINY_DEEPSEEK = "tiny-deepseek-v3"
 FP32 = {"dtype": "float32", "max_model_len": 2048, "kv_cache_memory_bytes": 256 * 1024 * 1024}
-_EDGES = (1, 2, 3, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1500)
+EDGES = (1, 2, 3, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1500)
 """Around multiples of the block size (32), and both ends."""
-PROMPT_LENGTHS = _EDGES + tuple(random.Random(50).randrange(4, 200) for _ in range(50 - len(_EDGES)))
+PROMPT_LENGTHS = EDGES + tuple(random.Random(50).randrange(4, 200) for _ in range(50 - len(EDGES)))
 NUM_PORTS = 24
 """More than any engine takes of one node's."""
 CORES = {Role.AGGREGATED: (1,), Role.PREFILL: (0,), Role.DECODE: (1,)}
