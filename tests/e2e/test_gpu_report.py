@@ -30,6 +30,5 @@ def test_workers_of_every_shape_and_both_launchers_pass_on_a_double(tmp_path: Pa
     assert {row["section"] for row in rows} == {
         "1 GPU, aggregated",
         "prefill and decode on one GPU",
-        "prefill on GPU 0, decode on GPU 1",
         "2 GPUs, aggregated DEP2, launcher: ray",
     }

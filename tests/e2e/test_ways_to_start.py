@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from deployments import ROOT, free_port, http, serve_run
+from deployments import BIN, ROOT, free_port, http, serve_run
 from engines import TINY_DEEPSEEK, prompt
 from reference import answers_of_transformers
 from tokenizers import Tokenizer
@@ -26,11 +27,15 @@ with up(sys.argv[1], port=int(sys.argv[2])) as deployment:
     sys.stdin.read()
 """
 
-SECOND_TURNS = """
-import json, sys, time, urllib.request
+TWICE = """
+import json, os, subprocess, sys, time, urllib.request
 from dynamo_ray import DeploymentConfig, up
 
-config, port = DeploymentConfig.model_validate_json(sys.argv[1]), int(sys.argv[2])
+assert "RAY_AUTH_MODE" not in os.environ
+command, port = sys.argv[1], int(sys.argv[2])
+
+def environment():
+    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "DYNAMO_RAY_"))}
 
 def post(deployment, path, messages):
     body = {"model": config.model.name, "messages": messages, "max_tokens": 4, "temperature": 0}
@@ -55,23 +60,32 @@ def await_heard(deployment, messages):
         time.sleep(0.05)
     raise SystemExit(f"nothing was heard of the first turn: {prefill}")
 
-with up(config, port=port) as deployment:
-    phases = [status.phase for status in deployment.statuses()]
-    found = []
-    for number in range(3):
-        first = [{"role": "user", "content": f"{number}: tell me about rivers " * 20}]
-        reply, _ = cached(deployment, first)
-        second = [*first, reply, {"role": "user", "content": "and lakes?"}]
-        if config.router.policy == "blocks":
-            await_heard(deployment, second)
-        _, again = cached(deployment, second)
-        found.append(again)
-print(json.dumps({"phases": phases, "cached": found}))
+for text in sys.argv[3:]:
+    config = DeploymentConfig.model_validate_json(text)
+    before = environment()
+    with up(config, port=port) as deployment:
+        phases = [status.phase for status in deployment.statuses()]
+        subprocess.run([command, "control", "default", "resume"], check=True, stdout=subprocess.DEVNULL)
+        assert environment() == before
+        other = subprocess.Popen(["sleep", "100"])
+        found = []
+        for number in range(3):
+            first = [{"role": "user", "content": f"{number}: tell me about rivers " * 20}]
+            reply, _ = cached(deployment, first)
+            second = [*first, reply, {"role": "user", "content": "and lakes?"}]
+            if config.router.policy == "blocks":
+                await_heard(deployment, second)
+            _, again = cached(deployment, second)
+            found.append(again)
+    assert other.poll() is None, "ended with the deployment, though the user started it"
+    other.kill()
+    other.wait()
+    print(json.dumps({"phases": phases, "cached": found}))
 """
 
 
-def from_python(policy: str) -> dict[str, list[object]]:
-    """Three conversations of two turns, prefill on 2 workers of 2 ranks; cached tokens of each second turn."""
+def two_by_two(policy: str) -> str:
+    """A configuration of two prefill workers of 2 ranks and one decode worker."""
     config = {
         "model": {"name": SIM, "path": f"~/.cache/dynamo-ray/models/{SIM}"},
         "backend": "simulated",
@@ -79,11 +93,19 @@ def from_python(policy: str) -> dict[str, list[object]]:
         "decode": {"resources": {"cpus": 0.2}},
         "router": {"policy": policy},
     }
-    command = [sys.executable, "-c", SECOND_TURNS, json.dumps(config), str(free_port())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return json.dumps(config)
+
+
+@pytest.fixture(scope="module")
+def served_twice() -> list[dict[str, list[object]]]:
+    """Of one process with Ray's authentication on, which serves under `blocks` and then under `round_robin`: its
+    workers' phases, and the cached tokens of the second turns of three conversations."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    configs = [two_by_two("blocks"), two_by_two("round_robin")]
+    command = [sys.executable, "-c", TWICE, str(BIN / "dynamo-ray"), str(free_port()), *configs]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, list[object]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_plain_serve_run_works_and_says_what_haproxy_mode_would_gain(tmp_path: Path) -> None:
@@ -94,9 +116,19 @@ def test_plain_serve_run_works_and_says_what_haproxy_mode_would_gain(tmp_path: P
     assert "0.3 ms" in log.read_text()
 
 
-def test_second_turns_find_the_first_under_kv_aware_routing_and_not_under_round_robin() -> None:
-    assert all(tokens >= 400 for tokens in from_python("blocks")["cached"])
-    assert from_python("round_robin") == {"phases": ["ready"] * 3, "cached": [0, 0, 0]}
+def test_one_python_process_serves_twice_with_ray_s_authentication_on(
+    served_twice: list[dict[str, list[object]]],
+) -> None:
+    assert [served["phases"] for served in served_twice] == [["ready"] * 3] * 2
+
+
+def test_second_turns_find_the_first_under_kv_aware_routing_and_not_under_round_robin(
+    served_twice: list[dict[str, list[int]]],
+) -> None:
+    by_blocks, in_turn = (served["cached"] for served in served_twice)
+    assert len(by_blocks) == 3
+    assert all(tokens >= 400 for tokens in by_blocks)
+    assert in_turn == [0, 0, 0]
 
 
 @pytest.mark.filterwarnings("default")
