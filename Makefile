@@ -52,7 +52,9 @@ run-sim: setup-core  ## Serve simulated engines: the whole path without a model
 	@$(BIN)/dynamo-ray model byte-tokenizer >/dev/null
 	@exec $(BIN)/dynamo-ray up configs/local-sim.yaml
 
+# Compiled once: the tests start hundreds of processes, each of which compiles it all where Python writes no bytecode.
 test: $(VENV)/.dev models  ## Run every test that needs no GPU
+	@$(BIN)/python -m compileall -q dynamo_ray backends placement
 	@$(BIN)/python -m pytest tests/unit tests/contract tests/integration tests/e2e --durations=15 $(ARGS)
 
 check: $(VENV)/.dev models  ## Format, lint, types, layering, coverage of the fast tests
