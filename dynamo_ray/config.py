@@ -146,15 +146,18 @@ class TransferConfig(_Frozen):
 
 
 class QueueConfig(_Frozen):
-    """Where requests wait while every rank is busy: in the ingress, which gives each to whichever is free first."""
+    """Where requests wait while the ranks that are best for them are busy: in the ingress."""
 
-    order: Literal["fcfs", "shortest"] = "fcfs"
-    """Among those of one priority: who came first, or who has the fewest uncached prompt tokens."""
+    order: Literal["fcfs", "shortest"] = "shortest"
+    """Among those of one priority that wait for one rank: who came first, or who has the fewest prompt tokens that the
+    rank does not have cached by then."""
     max_waiting: PositiveInt = 1024
     """Per ingress replica; one more is refused with 429."""
     busy_requests: PositiveInt | None = None
-    """A rank with as many, running and waiting, is busy; so is one whose KV blocks do not hold one more, and all of a
-    worker that has limits.max_queued_requests. None: only these."""
+    """A rank with as many, running and waiting, is busy; so are all of a worker that has limits.max_queued_requests,
+    and a decode rank whose KV blocks do not hold one more. None: only these."""
+    busy_prompt_tokens: PositiveInt | None = 65_536
+    """A rank that has as many uncached prompt tokens still to compute is busy. None: no bound."""
     ageing_tokens_per_s: PositiveFloat = 1000.0
     """Under `shortest`, a second of waiting counts as so many tokens fewer: nobody waits for ever."""
     worker_wait_s: NonNegativeFloat = 60.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from backends.engine import RankLoad
+from backends.engine import RankLoad, Role
+from dynamo_ray.config import QueueConfig
 from dynamo_ray.routing.chooser import WorkerFacts
 from dynamo_ray.routing.load import LoadTable
 from dynamo_ray.routing.ranks import Holder, Ranks
@@ -13,20 +14,32 @@ from dynamo_ray.routing.ranks import Holder, Ranks
 class Occupancy:
     """Arrays by column of `ranks`, beside those of `table`.
 
-    A rank is busy when it has `max_requests`, running and waiting, or its worker has `max_worker_requests`; or when its
-    KV blocks do not hold one more. Bookings count a prefix that requests share once for each of them, so that they
-    alone do not make a rank busy: it must have said that requests wait in it, or that its blocks are held. A rank
-    without requests is never busy.
+    A rank is busy when it has `max_requests`, running and waiting, or its worker has `max_worker_requests`; when it has
+    `max_prompt_tokens` still to compute; or, where it only decodes, when its KV blocks do not hold one more. Bookings
+    count a prefix that requests share once for each of them, so that they alone do not make a rank busy: it must have
+    said that requests wait in it, or that its blocks are held. A rank without requests is never busy.
+
+    Whoever computes prompts may have more of them than its KV holds: it keeps what they share until it comes to them.
     """
 
-    def __init__(self, ranks: Ranks, table: LoadTable, max_requests: int, max_worker_requests: int) -> None:
+    def __init__(
+        self, ranks: Ranks, table: LoadTable, max_requests: int, max_worker_requests: int, max_prompt_tokens: float
+    ) -> None:
         self._ranks, self._table = ranks, table
         self._max_requests, self._max_worker_requests = max_requests, max_worker_requests
+        self._max_prompt_tokens = max_prompt_tokens
         self._kv_tokens = np.zeros(0)
+        """Infinite where no bound is kept."""
         self._said_kv_tokens = np.zeros(0)
         """What each last said that it holds, -inf: nothing; inf: requests wait in it, or it has said nothing yet."""
         self._worker = np.zeros(0, dtype=np.intp)
         """The first column of each column's worker."""
+
+    @classmethod
+    def of(cls, queue: QueueConfig, max_worker_requests: int, ranks: Ranks, table: LoadTable) -> Occupancy:
+        """As the configuration has it."""
+        most = queue.busy_requests or max_worker_requests
+        return cls(ranks, table, most, max_worker_requests, queue.busy_prompt_tokens or np.inf)
 
     def up(self, facts: WorkerFacts) -> None:
         """After the load table knows its ranks."""
@@ -36,7 +49,7 @@ class Occupancy:
         self._said_kv_tokens = np.append(self._said_kv_tokens, np.full(width - known, np.inf))
         self._worker = np.append(self._worker, np.arange(known, width))
         columns = [column for column in map(self._ranks.column, facts.holders) if column is not None]
-        self._kv_tokens[columns] = facts.kv_total_blocks * facts.block_size
+        self._kv_tokens[columns] = facts.kv_total_blocks * facts.block_size if facts.role is Role.DECODE else np.inf
         self._said_kv_tokens[columns] = np.inf
         self._worker[columns] = columns[0]
 
@@ -54,9 +67,9 @@ class Occupancy:
 
     def busy(self, prompt_tokens: int) -> int:
         """The mask of the ranks that are, for a request of that size."""
-        _, requests, kv = self._table.values
+        queued, requests, kv = self._table.sent
         room = self._kv_tokens - prompt_tokens
-        busy = (kv > room) & (requests > 0) & (self._said_kv_tokens > room)
+        busy = (queued >= self._max_prompt_tokens) | (kv > room) & (requests > 0) & (self._said_kv_tokens > room)
         if requests.sum() >= min(self._max_requests, self._max_worker_requests):
             by_worker = np.bincount(self._worker, requests, len(requests))[self._worker]
             busy |= (requests >= self._max_requests) | (by_worker >= self._max_worker_requests)

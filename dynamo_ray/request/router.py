@@ -26,6 +26,7 @@ from dynamo_ray.request.queue import Ticket
 from dynamo_ray.request.tally import Tally
 from dynamo_ray.request.waiting import Busy, WaitingRoom
 from dynamo_ray.request.wire import WorkerInfo, worker_of
+from dynamo_ray.request.wish import Wish
 from dynamo_ray.request.workers import Workers
 from dynamo_ray.routing.block_hash import chain_seed
 from dynamo_ray.routing.chooser import Booked, Choice, Chooser, Pick, WorkerFacts
@@ -95,9 +96,9 @@ class Router:
         self.chooser = Chooser(config.model.name, config.router)
         self.index, self.table = self.chooser.index, self.chooser.table
         self._eligible = Eligible(workers, self.chooser.mask)
-        self.room: WaitingRoom[Placement] = WaitingRoom(queue, Placement.free)
         most = config.limits.max_queued_requests
-        self._occupancy = Occupancy(self.chooser.ranks, self.table, queue.busy_requests or most, most)
+        self._occupancy = Occupancy.of(queue, most, self.chooser.ranks, self.table)
+        self.room: WaitingRoom[Placement] = WaitingRoom(queue, Placement.free, partial(self._occupancy.busy, 0))
         self.tally = Tally()
         wait_s = queue.worker_wait_s if self._held else 0.0
         self._absence = Absence(workers, config.roles, wait_s, partial(self.room.wake, come=True))
@@ -172,12 +173,17 @@ class Router:
         began_s, span, told = _now_s(), get_current_span(), attempt.request.told
         ask = self._ask(attempt)
         short = cache(partial(self._is_short, attempt, ask))  # once, however long it waits
-        go = partial(self._go, attempt, ask, told is not None or span.is_recording(), short)
-        ticket = partial(self._ticket, attempt, ask)
+        wish = Wish(self.chooser)
+        go = partial(self._go, attempt, ask, wish, told is not None or span.is_recording(), short)
+        ticket = partial(self._ticket, attempt, ask, wish)
         try:
-            placement = await self.room.enter(go, ticket, attempt.deadline_s, again=attempt.number > 0)
+            placement = await self.room.enter(
+                go, ticket, attempt.deadline_s, again=attempt.number > 0, uncached=partial(self._uncached, ask, wish)
+            )
         except TimeoutError:
             raise attempt.deadline_error() from None
+        finally:
+            wish.free()
         generated_tokens, before = 0, len(attempt.delivered) - attempt.skip
         try:
             if placement.route is not None:
@@ -197,7 +203,7 @@ class Router:
         return self.chooser.explain(choice)
 
     def _go(
-        self, attempt: Attempt, ask: Ask, in_words: bool, short: Callable[[bool], bool], kept: int
+        self, attempt: Attempt, ask: Ask, wish: Wish, in_words: bool, short: Callable[[bool], bool], kept: int
     ) -> Placement | Busy:
         try:
             prefill, decode = self._candidates(attempt)
@@ -208,6 +214,11 @@ class Router:
                 raise
             return Busy(0, everyone=self._nobody_else(0))
         busy = kept | self._occupancy.busy(len(ask.token_ids)) if self._held else kept
+        if self.chooser.policy.waits:
+            choice = wish.seek(partial(self._choose, ask), prefill, decode, busy)
+            if choice is None:
+                return Busy(wish.stuck, everyone=self._nobody_else(busy))
+            return self._book(choice, in_words)
         free, free_decode = None if prefill is None else prefill & ~busy, decode & ~busy
         choice = None
         if free_decode and (free or prefill is None):
@@ -283,15 +294,22 @@ class Router:
         seed = chain_seed(self._config.model.name, request.lora, request.cache_salt)
         return Ask(attempt.token_ids, seed, request.sampling.max_tokens, request.session, request.priority)
 
-    def _ticket(self, attempt: Attempt, ask: Ask) -> Ticket:
+    def _ticket(self, attempt: Attempt, ask: Ask, wish: Wish) -> Ticket:
+        choose = partial(self._choose, ask)
         try:
-            choice = self._choose(ask, *self._candidates(attempt))
-            uncached_tokens = (choice.prefill or choice.decode).uncached_tokens
+            prefill, decode = self._candidates(attempt)
+            if not self.chooser.policy.waits:
+                wish.uncached_tokens = choose(prefill, decode).uncached_tokens
+            else:
+                wish.hold(choose, prefill, decode, self._occupancy.busy(len(ask.token_ids)))
         except NotReady:
             if not self._absence.awaited(waiting=False):
                 raise
-            uncached_tokens = len(ask.token_ids)
-        return Ticket(attempt.request.priority, uncached_tokens, attempt.arrived_s)
+            wish.uncached_tokens = len(ask.token_ids)
+        return Ticket(attempt.request.priority, attempt.arrived_s, wish.stuck)
+
+    def _uncached(self, ask: Ask, wish: Wish) -> int:
+        return wish.uncached(ask, _now_s())
 
     def _target(self, pick: Pick) -> Target:
         return Target(self._workers.connection(pick.holder.worker), pick.holder.dp_rank)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from dynamo_ray.config import QueueConfig
 from dynamo_ray.errors import Overloaded
-from dynamo_ray.request.queue import Line, Ticket
+from dynamo_ray.request.queue import Line, Place, Ticket
 from dynamo_ray.telemetry import Reading
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class _Waiter(Generic[T]):
     came: asyncio.Future[T]
     again: bool
     """It may not be refused."""
+    uncached: Callable[[], int]
     stuck: int = 0
     """The ranks that it could use, and that were busy, when it was asked last, as a mask."""
     stuck_until_s: float = 0.0
@@ -56,13 +57,13 @@ class _Waiter(Generic[T]):
 class WaitingRoom(Generic[T]):
     """Lets requests go in order, each as soon as its `go` takes something.
 
-    `give_back` is called with what was taken for a request that has left in the same moment. Nothing here polls:
-    whoever frees a rank, or hears that one is free or has come, calls `wake`.
+    `give_back` is called with what was taken for a request that has left in the same moment; `busy` says which ranks
+    nobody can use. Nothing here polls: whoever frees a rank, or hears that one is free or has come, calls `wake`.
     """
 
-    def __init__(self, config: QueueConfig, give_back: Callable[[T], None]) -> None:
+    def __init__(self, config: QueueConfig, give_back: Callable[[T], None], busy: Callable[[], int]) -> None:
         self._line: Line[_Waiter[T]] = Line(config)
-        self._give_back = give_back
+        self._give_back, self._busy = give_back, busy
         self._woken = False
         self.num_waited = 0
         """Requests that had to wait, whatever became of them."""
@@ -74,13 +75,21 @@ class WaitingRoom(Generic[T]):
     def __len__(self) -> int:
         return len(self._line)
 
-    async def enter(self, go: Go[T], ticket: Callable[[], Ticket], deadline_s: float, again: bool = False) -> T:
+    async def enter(
+        self,
+        go: Go[T],
+        ticket: Callable[[], Ticket],
+        deadline_s: float,
+        again: bool = False,
+        uncached: Callable[[], int] = lambda: 0,
+    ) -> T:
         """What `go` takes, when it is this request's turn; leaving (cancelled, or failed) takes nothing.
 
         Args:
             ticket: what its place depends on; asked for only if it has to wait, and raises if it may not.
             deadline_s: on the loop's clock; one whose predicted wait goes beyond is refused at once.
             again: it was let go before, and is never refused.
+            uncached: how many prompt tokens the rank that it waits for would have to compute now.
 
         Raises:
             Overloaded: The line is full, or the wait too long; says when to come again. A full line makes room for a
@@ -97,7 +106,7 @@ class WaitingRoom(Generic[T]):
         at = ticket()
         if not again:
             self._admit(at, deadline_s - began_s)
-        waiter: _Waiter[T] = _Waiter(go, loop.create_future(), again)
+        waiter: _Waiter[T] = _Waiter(go, loop.create_future(), again, uncached, at.stuck)
         place = self._line.join(at, waiter, began_s)
         self.num_waited += 1
         self.wake()  # it may stand before all others, or need other ranks than they do
@@ -129,33 +138,50 @@ class WaitingRoom(Generic[T]):
         yield "dynamo_ray_queue_wait_seconds_total", "How long those waited that no longer do", {}, self.waited_s
 
     def _look(self) -> None:
+        """Ask each in its turn, and before it those that go first with the ranks that it waits for."""
         self._woken = False
         kept, stuck, asked_anew, now_s = 0, 0, False, asyncio.get_running_loop().time()
         for place, waiter in self._line:
-            known = now_s < waiter.stuck_until_s
-            if waiter.came.done() or (known and not waiter.stuck & ~kept):
-                continue
-            try:
-                taken = waiter.go(kept)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it ends this request, and nobody behind it
-                self._line.leave(place)
-                waiter.came.set_exception(error)
-            else:
-                if isinstance(taken, Busy):
-                    if taken.everyone:
-                        return
-                    if not known:
-                        asked_anew, waiter.stuck_until_s = True, now_s + ASK_AGAIN_S
-                    waiter.stuck = taken.ranks
-                    kept |= taken.ranks
-                    stuck += 1
-                else:
-                    self._line.went(place, now_s)
-                    waiter.came.set_result(taken)
-            if stuck >= LOOK_AHEAD:
-                if asked_anew:  # so that the next look comes further
-                    self.wake()
-                return
+            while not waiter.came.done() and (waiter.stuck & ~kept or now_s >= waiter.stuck_until_s):
+                at, first = self._next(place, waiter, kept)
+                busy = self._ask(at, first, kept, now_s)
+                if busy is None:
+                    continue
+                if busy.everyone:
+                    return
+                asked_anew |= now_s >= first.stuck_until_s
+                first.stuck_until_s = max(first.stuck_until_s, now_s + ASK_AGAIN_S)
+                first.stuck = busy.ranks
+                kept |= busy.ranks
+                stuck += 1
+                if stuck >= LOOK_AHEAD:
+                    if asked_anew:  # so that the next look comes further
+                        self.wake()
+                    return
+
+    def _next(self, place: Place, waiter: _Waiter[T], kept: int) -> tuple[Place, _Waiter[T]]:
+        """Who is to be asked in this one's turn: itself, or one that waits for the same and goes first."""
+        if not waiter.stuck & ~kept & ~self._busy():
+            return place, waiter
+        return self._line.next_like(
+            place,
+            lambda other: other.stuck in (waiter.stuck, 0) and not other.came.done(),
+            lambda other: other.uncached(),
+        )
+
+    def _ask(self, place: Place, waiter: _Waiter[T], kept: int, now_s: float) -> Busy | None:
+        """None: it has left the line."""
+        try:
+            taken = waiter.go(kept)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this request, and nobody behind it
+            self._line.leave(place)
+            waiter.came.set_exception(error)
+            return None
+        if isinstance(taken, Busy):
+            return taken
+        self._line.went(place, now_s)
+        waiter.came.set_result(taken)
+        return None
 
     def _left(self, waiter: _Waiter[T]) -> None:
         came = waiter.came

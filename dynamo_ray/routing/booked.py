@@ -11,6 +11,23 @@ from dynamo_ray.routing.load import Booking
 if TYPE_CHECKING:
     from dynamo_ray.routing.chooser import Chooser
 
+
+class Waiting:
+    """A request that counts on ranks which do not have it yet, until `free`. That may be called again."""
+
+    __slots__ = ("_bookings", "_chooser", "_coming")
+
+    def __init__(self, chooser: Chooser, bookings: list[Booking], coming: list[int] | None) -> None:
+        self._chooser, self._bookings, self._coming = chooser, bookings, coming
+
+    def free(self) -> None:
+        coming, self._coming = self._coming, None
+        if coming:
+            self._chooser.end(self._bookings[0].column, coming, None)
+        for booking in self._bookings:
+            self._chooser.table.free(booking)
+
+
 MIN_ANSWER_TOKENS = 8
 """Shorter answers tell little of the time between two tokens."""
 

@@ -36,6 +36,11 @@ class Pick:
         return self.leg.pool.holders[self.place]
 
     @property
+    def bit(self) -> int:
+        """The rank as a mask."""
+        return 1 << int(self.leg.pool.columns[self.place])
+
+    @property
     def group(self) -> str:
         """The lockstep group that the rank belongs to."""
         return self.leg.pool.groups[self.place]
@@ -66,6 +71,16 @@ class Choice:
     prefill: Pick | None
     """None: the decode rank computes the prompt itself."""
     decode: Pick
+
+    @property
+    def mask(self) -> int:
+        """Of its ranks."""
+        return self.decode.bit | (0 if self.prefill is None else self.prefill.bit)
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Prompt tokens to compute."""
+        return (self.prefill or self.decode).uncached_tokens
 
     def predict(self) -> Prediction:
         first = None if self.prefill is None else (self.prefill.leg, self.prefill.place)

@@ -11,7 +11,7 @@ from backends.engine import RankLoad, Role
 from backends.kv_events import AllBlocksCleared, KVEventBatch
 from dynamo_ray.config import RouterConfig
 from dynamo_ray.routing.approximate import RoutedPrefixes
-from dynamo_ray.routing.booked import Booked
+from dynamo_ray.routing.booked import Booked, Waiting
 from dynamo_ray.routing.choice import Choice, Pick
 from dynamo_ray.routing.explanation import Explanation, explain
 from dynamo_ray.routing.facts import WorkerFacts
@@ -161,6 +161,23 @@ class Chooser:
         """Count a choice in. Whoever books calls `Booked.free`, on every path."""
         prefill = None if choice.prefill is None else self._book(choice.prefill, now_s)
         return Booked(self, choice, prefill, self._book(choice.decode, now_s), now_s)
+
+    def wait(self, choice: Choice) -> Waiting:
+        """Count in a request that waits for these ranks, for those who choose meanwhile. Whoever calls it calls
+        `Waiting.free`, before it books and on every path.
+        """
+        table, legs = self.table, [pick for pick in (choice.prefill, choice.decode) if pick is not None]
+        waiting = [table.wait(p.holder, p.uncached_tokens, p.leg.prompt_blocks * p.leg.block_size) for p in legs]
+        return Waiting(self, waiting, self.begin(legs[0], waiting[0]))
+
+    def uncached_tokens(self, ask: Ask, holder: Holder, now_s: float) -> int:
+        """Prompt tokens that a rank would have to compute now; all, of one that is not known."""
+        column = self.ranks.column(holder)
+        if column is None:
+            return len(ask.token_ids)
+        found, _ = self._overlap(ask, self._pool(1 << column), 1 << column, now_s)
+        depth = max((depth for runs in found for _, depth in runs), default=0)
+        return max(1, len(ask.token_ids) - depth * self._of_column[column].block_size)
 
     def explain(self, choice: Choice) -> Explanation:
         """Every candidate with what it holds, carries and costs, by cause; which one, and why."""

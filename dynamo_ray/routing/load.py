@@ -48,19 +48,21 @@ class Load:
 class Booking:
     """What one leg adds to one rank until `LoadTable.free`."""
 
-    __slots__ = ("column", "kv_tokens", "queued_tokens")
+    __slots__ = ("column", "kv_tokens", "queued_tokens", "sent")
 
-    def __init__(self, column: int | None, queued_tokens: int, kv_tokens: int) -> None:
+    def __init__(self, column: int | None, queued_tokens: int, kv_tokens: int, sent: bool = True) -> None:
         self.column = column
         """None: counts nothing (any more)."""
         self.queued_tokens = queued_tokens
         self.kv_tokens = kv_tokens
+        self.sent = sent
+        """False: it waits in this ingress for its rank."""
 
 
 class _Rank:
     """One rank's sums; the three numbers are those of `Booked`."""
 
-    __slots__ = ("block_size", "open", "ours", "peers", "reported", "role", "unbooked")
+    __slots__ = ("block_size", "open", "ours", "peers", "reported", "role", "unbooked", "waiting")
 
     def __init__(self, role: Role, block_size: int) -> None:
         self.role = role
@@ -68,13 +70,15 @@ class _Rank:
         self.open: set[Booking] = set()
         self.ours = [0, 0, 0]
         self.peers = [0, 0, 0]
+        self.waiting = [0, 0, 0]
         self.unbooked = [0, 0, 0]
         """What the last report had beyond what was booked at that moment."""
         self.reported: RankLoad | None = None
 
 
 class LoadTable:
-    """Load per rank, in arrays by column of `ranks`: what is booked now, plus what no ingress has booked.
+    """Load per rank, in arrays by column of `ranks`: what is booked now, plus what no ingress has booked, plus what
+    waits here for it.
 
     An engine's report includes bookings that have reached it, and not those on their way. So nothing of a report
     is added but its excess over all that was booked when it came: no request counts twice, and none is missed.
@@ -89,6 +93,9 @@ class LoadTable:
         self._num_bookings = 0
         self.values: Floats = np.zeros((3, 0))
         """Row by row: queued_tokens, num_requests, kv_tokens. To read only."""
+        self._waiting: Floats = np.zeros((3, 0))
+        """Of these, what waits in this ingress."""
+        self._num_waiting = 0
         self.recent_tokens: Floats = np.zeros(0)
         """What this ingress gave each rank to compute and had it generate lately, done or not. To read only."""
         self._until_faded = RECENT_REQUESTS
@@ -96,6 +103,11 @@ class LoadTable:
     @property
     def num_bookings(self) -> int:
         return self._num_bookings
+
+    @property
+    def sent(self) -> Floats:
+        """`values` without what waits in this ingress: what the ranks have."""
+        return self.values - self._waiting if self._num_waiting else self.values
 
     def add_holder(self, holder: Holder, role: Role = Role.AGGREGATED, block_size: int = 1) -> None:
         """Know a rank, idle until somebody says otherwise; adding it again changes nothing."""
@@ -106,6 +118,7 @@ class LoadTable:
             wider = np.zeros((3, max(64, 2 * column)))
             wider[:, : self.values.shape[1]] = self.values
             self.values = wider
+            self._waiting = np.pad(self._waiting, ((0, 0), (0, wider.shape[1] - self._waiting.shape[1])))
             self.recent_tokens = np.append(self.recent_tokens, np.zeros(wider.shape[1] - len(self.recent_tokens)))
         if self._rows[column] is None:
             alike = [self.recent_tokens[c] for c, other in enumerate(self._rows) if other and other.role is role]
@@ -124,11 +137,12 @@ class LoadTable:
             return
         for booking in row.open:
             booking.column = None
+            self._num_waiting -= not booking.sent
         self._num_bookings -= len(row.open)
         for replica in self._peers.values():
             replica.pop(holder, None)
         self._rows[column] = None
-        self.values[:, column] = 0.0
+        self.values[:, column] = self._waiting[:, column] = 0.0
         self.recent_tokens[column] = 0.0
         self._changed.discard(column)
 
@@ -173,6 +187,21 @@ class LoadTable:
             self._until_faded = RECENT_REQUESTS * len(self._rows)
         return booking
 
+    def wait(self, holder: Holder, queued_tokens: int, kv_tokens: int) -> Booking:
+        """Count in a leg that waits in this ingress for the rank: whoever chooses sees it, the rank does not have it
+        yet, and peers are not told.
+        """
+        column = self._ranks.column(holder)
+        row = self._row(column)
+        if row is None or column is None:
+            return Booking(None, 0, 0)
+        booking = Booking(column, queued_tokens, kv_tokens, sent=False)
+        row.open.add(booking)
+        self._num_bookings += 1
+        self._num_waiting += 1
+        self._change_waiting(column, row, queued_tokens, 1, kv_tokens)
+        return booking
+
     def generated(self, booking: Booking, tokens: int) -> None:
         """The leg's rank has generated so many tokens."""
         if booking.column is not None:
@@ -181,7 +210,7 @@ class LoadTable:
     def prefilled(self, booking: Booking) -> None:
         """The leg's prompt is computed; its KV is still held."""
         row = self._row(booking.column)
-        if row is not None and booking.column is not None and booking.queued_tokens:
+        if row is not None and booking.column is not None and booking.sent and booking.queued_tokens:
             self._change(booking.column, row, -booking.queued_tokens, 0, 0)
             booking.queued_tokens = 0
 
@@ -192,7 +221,11 @@ class LoadTable:
         if row is not None and column is not None:
             row.open.remove(booking)
             self._num_bookings -= 1
-            self._change(column, row, -booking.queued_tokens, -1, -booking.kv_tokens)
+            if booking.sent:
+                self._change(column, row, -booking.queued_tokens, -1, -booking.kv_tokens)
+            else:
+                self._num_waiting -= 1
+                self._change_waiting(column, row, -booking.queued_tokens, -1, -booking.kv_tokens)
 
     def take_changes(self) -> dict[Holder, Booked]:
         """What this ingress has booked on each rank whose bookings changed since the last call, for its peers."""
@@ -252,12 +285,20 @@ class LoadTable:
         self._changed.add(column)
         self._sum(column, row)
 
+    def _change_waiting(self, column: int, row: _Rank, queued_tokens: int, requests: int, kv_tokens: int) -> None:
+        waiting = row.waiting
+        waiting[0] += queued_tokens
+        waiting[1] += requests
+        waiting[2] += kv_tokens
+        self._waiting[:, column] = waiting
+        self._sum(column, row)
+
     def _sum(self, column: int, row: _Rank) -> None:
         """From whole numbers each time: nothing drifts."""
-        ours, peers, unbooked, values = row.ours, row.peers, row.unbooked, self.values
-        values[0, column] = ours[0] + peers[0] + unbooked[0]
-        values[1, column] = ours[1] + peers[1] + unbooked[1]
-        values[2, column] = ours[2] + peers[2] + unbooked[2]
+        ours, peers, unbooked, waiting, values = row.ours, row.peers, row.unbooked, row.waiting, self.values
+        values[0, column] = ours[0] + peers[0] + unbooked[0] + waiting[0]
+        values[1, column] = ours[1] + peers[1] + unbooked[1] + waiting[1]
+        values[2, column] = ours[2] + peers[2] + unbooked[2] + waiting[2]
 
     @staticmethod
     def _add(to: list[int], booked: Booked, instead_of: Booked = NOTHING) -> None:

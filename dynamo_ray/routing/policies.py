@@ -118,9 +118,9 @@ def _latency(config: RouterConfig) -> Policy:
 _BUILT_IN: dict[str, Callable[[RouterConfig], Policy]] = {
     "latency": _latency,
     "blocks": _blocks,
-    "round_robin": lambda _: Policy(round_robin, reads_overlap=False),
-    "random": lambda config: Policy(partial(random, seed=config.seed), reads_overlap=False),
-    "least_loaded": lambda _: Policy(least_loaded, reads_overlap=False),
+    "round_robin": lambda _: Policy(round_robin, reads_overlap=False, waits=False),
+    "random": lambda config: Policy(partial(random, seed=config.seed), reads_overlap=False, waits=False),
+    "least_loaded": lambda _: Policy(least_loaded, reads_overlap=False, waits=False),
     "session": lambda _: Policy(session, reads_overlap=False),
 }
 _REGISTERED: dict[str, Policy | Scorer] = {}

@@ -251,6 +251,8 @@ class Policy:
     """False: prompts are neither hashed nor looked up for it."""
     reads_coming: bool = True
     """False: `coming_blocks` are `device_blocks`, and what is being computed does not count."""
+    waits: bool = True
+    """A request waits for the rank that is best for it, though a worse one is free. False: any that is free will do."""
 
 
 SHORTLIST = 4

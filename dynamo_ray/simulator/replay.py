@@ -15,6 +15,7 @@ from backends.kv_events import KVEventBatch
 from backends.simulated_args import parse_args
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError, Problem
+from dynamo_ray.request.wish import Wish
 from dynamo_ray.routing.block_hash import chain_seed
 from dynamo_ray.routing.chooser import Booked, Choice, WorkerFacts
 from dynamo_ray.routing.policy import Ask
@@ -189,7 +190,7 @@ class _Replay:
     def _arrive(self, number: int, asked: TraceRequest, now_s: float) -> None:
         self._hear(now_s)
         ask = Ask(asked.token_ids(), self._seed, asked.answer_tokens, asked.session)
-        placed = self._router.enter(Arrival(number, asked, ask), now_s)
+        placed = self._router.enter(Arrival(number, asked, ask, Wish(self._router.chooser)), now_s)
         if placed is not None:
             self._send(placed, now_s)
         else:

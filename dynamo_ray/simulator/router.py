@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from backends.engine import RankLoad, Role
 from dynamo_ray.config import DeploymentConfig, QueueConfig
 from dynamo_ray.request.occupancy import Occupancy
-from dynamo_ray.request.queue import Line, Ticket
+from dynamo_ray.request.queue import Line, Place, Ticket
+from dynamo_ray.request.wish import Wish
 from dynamo_ray.routing.chooser import Booked, Choice, Chooser, WorkerFacts
 from dynamo_ray.routing.policy import Ask
 from dynamo_ray.routing.ranks import Holder
@@ -23,6 +25,7 @@ class Arrival:
     number: int
     asked: TraceRequest
     ask: Ask
+    wish: Wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Placed:
 class Router:
     """The ingress's chooser, line and occupancy. Every request may use every rank, nobody leaves, and no worker dies.
 
-    As in `request/waiting.py`, the first that cannot go holds up all behind it: they need the same ranks.
+    As in `request/waiting.py`, nobody takes a rank that somebody before it in the line waits for.
     """
 
     def __init__(self, config: DeploymentConfig) -> None:
@@ -43,10 +46,11 @@ class Router:
         self.chooser = Chooser(config.model.name, config.router)
         self._held = config.router.queue is not None
         queue = config.router.queue or QueueConfig()
-        most = config.limits.max_queued_requests
         self._line: Line[Arrival] = Line(queue)
-        self._occupancy = Occupancy(self.chooser.ranks, self.chooser.table, queue.busy_requests or most, most)
+        most = config.limits.max_queued_requests
+        self._occupancy = Occupancy.of(queue, most, self.chooser.ranks, self.chooser.table)
         self._masks = dict.fromkeys(Role, 0)
+        self._waits = self.chooser.policy.waits
         self.num_refused = 0
         """Requests that came while the line was full."""
         self.decision_cpu_s = 0.0
@@ -67,8 +71,9 @@ class Router:
 
     def enter(self, arrival: Arrival, now_s: float) -> Placed | None:
         """Where it goes at once, booked; None: it waits, or was refused and counted."""
-        placed = None if self._line else self._go(arrival, now_s)
+        placed = None if self._line else self._go(arrival, 0, now_s)
         if placed is None and self._line.full:
+            arrival.wish.free()
             self.num_refused += 1
         elif placed is None:
             self._line.join(self._ticket(arrival, now_s), arrival, now_s)
@@ -76,33 +81,70 @@ class Router:
 
     def leaving(self, now_s: float) -> Iterator[Placed]:
         """Those that wait and can go now, in their order, booked one after the other."""
+        kept = 0
         for place, arrival in self._line:
-            placed = self._go(arrival, now_s)
-            if placed is None:
+            while not self._waits or arrival.wish.stuck & ~kept:
+                at, first = self._next(place, arrival, kept, now_s)
+                placed = self._go(first, kept, now_s)
+                if placed is None:
+                    if not self._waits:
+                        return
+                    kept |= first.wish.stuck
+                    continue
+                self._line.went(at, now_s)
+                yield placed
+                if first is arrival:
+                    break
+            if any(mask and not mask & ~kept for mask in self._masks.values()):
                 return
-            self._line.went(place, now_s)
-            yield placed
+
+    def _next(self, place: Place, arrival: Arrival, kept: int, now_s: float) -> tuple[Place, Arrival]:
+        """Who is to be asked in this one's turn: itself, or one that waits for the same and goes first."""
+        stuck = arrival.wish.stuck
+        if self._waits and not stuck & ~kept & ~self._occupancy.busy(0):
+            return place, arrival
+        began_s = time.thread_time()
+        found = self._line.next_like(
+            place, lambda other: other.wish.stuck == stuck, lambda other: other.wish.uncached(other.ask, now_s)
+        )
+        self.decision_cpu_s += time.thread_time() - began_s
+        return found
 
     def _ticket(self, arrival: Arrival, now_s: float) -> Ticket:
         began_s = time.thread_time()
-        choice = self._choose(arrival.ask, 0, now_s)
+        if not self._waits:
+            choice = self._choose(arrival.ask, 0, now_s)
+            assert choice is not None, "where no rank is busy, there is one"
+            arrival.wish.uncached_tokens = choice.uncached_tokens
+        else:
+            busy = self._occupancy.busy(len(arrival.ask.token_ids))
+            arrival.wish.hold(partial(self._any, arrival.ask, now_s), *self._roles, busy)
         self.decision_cpu_s += time.thread_time() - began_s
-        assert choice is not None, "where no rank is busy, there is one"
-        return Ticket(0, (choice.prefill or choice.decode).uncached_tokens, now_s)
+        return Ticket(0, now_s)
 
-    def _go(self, arrival: Arrival, now_s: float) -> Placed | None:
+    def _go(self, arrival: Arrival, kept: int, now_s: float) -> Placed | None:
         began_s = time.thread_time()
-        busy = self._occupancy.busy(len(arrival.ask.token_ids)) if self._held else 0
-        choice = self._choose(arrival.ask, busy, now_s)
+        busy = kept | self._occupancy.busy(len(arrival.ask.token_ids)) if self._held else 0
+        if self._waits:
+            choice = arrival.wish.seek(partial(self._any, arrival.ask, now_s), *self._roles, busy)
+        else:
+            choice = self._choose(arrival.ask, busy, now_s)
         placed = None if choice is None else Placed(arrival, choice, self.chooser.book(choice, now_s))
         self.decision_cpu_s += time.thread_time() - began_s
         return placed
 
+    @property
+    def _roles(self) -> tuple[int | None, int]:
+        """Masks of the prefill ranks and of those that decode."""
+        return self._masks[Role.PREFILL] or None, self._masks[Role.AGGREGATED] or self._masks[Role.DECODE]
+
+    def _any(self, ask: Ask, now_s: float, prefill: int | None, decode: int) -> Choice:
+        return self.chooser.choose(ask, prefill, decode, now_s)
+
     def _choose(self, ask: Ask, busy: int, now_s: float) -> Choice | None:
         """None: all ranks of a role are busy."""
-        prefill = self._masks[Role.PREFILL]
-        decode = self._masks[Role.AGGREGATED] or self._masks[Role.DECODE]
-        free, free_decode = prefill & ~busy, decode & ~busy
+        prefill, decode = self._roles
+        free, free_decode = (prefill or 0) & ~busy, decode & ~busy
         if not free_decode or (prefill and not free):
             return None
         return self.chooser.choose(ask, free or None, free_decode, now_s)

@@ -6,11 +6,11 @@ hit tokens at least 90% of one cache with the same total capacity, p90 TTFT and 
 `round_robin` and `session`, max/mean rank load at most 1.2. Goodput counts as better where it is higher, and where all
 requests of both are within the SLO. Load is the work a rank was given: tokens computed and decoded over the run.
 
-    python tests/bench/bench_routing_quality.py [--check] [--queue ORDER] [--plot FILE.svg] [--json FILE]
+    python tests/bench/bench_routing_quality.py [--check] [--queue ORDER|none] [--plot FILE.svg] [--json FILE]
 
-Without --queue nothing waits in the ingress: every request goes to its rank as it comes. With it every policy has the
-ingress's queue, which holds as many as the trace has. Replays are in virtual time: the numbers are the same on every
-machine, but for the cost of a decision.
+`latency` has the ingress's queue as it is shipped; the others send every request to its rank as it comes. --queue gives
+every policy the same: that order, or none. Queues hold as many as the trace has. Replays are in virtual time: the
+numbers are the same on every machine, but for the cost of a decision.
 """
 
 from __future__ import annotations
@@ -77,11 +77,19 @@ def trace_of(name: str) -> tuple[TraceRequest, ...]:
 
 
 def replay(case: tuple[Point, str, str | None]) -> Report:
-    """Of a point, a policy, and the order of the ingress's queue; None: it has none."""
+    """Of a point, a policy, and the order of every policy's queue; None: as `_queue_of` says."""
     point, policy, order = case
     workers = {"replicas": point.workers, "parallelism": {"attn_dp": point.attn_dp}}
-    queue = None if order is None else {"order": order, "max_waiting": len(trace_of(point.trace))}
+    queue = _queue_of(policy, order)
+    if queue is not None:
+        queue["max_waiting"] = len(trace_of(point.trace))
     return _replayed(point, policy, workers, queue, size=1)
+
+
+def _queue_of(policy: str, order: str | None) -> dict[str, Any] | None:
+    if order is None:
+        return {} if policy == OURS else None
+    return None if order == "none" else {"order": order}
 
 
 def one_rank(point: Point) -> Report:
@@ -212,14 +220,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every report there")
     parser.add_argument("--only", default="", help="points whose name holds this")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="others are left out, and not judged by")
-    parser.add_argument("--queue", choices=("fcfs", "shortest"), help="requests of every policy wait in the ingress")
+    parser.add_argument("--queue", choices=("fcfs", "shortest", "none"), help="of every policy, in the ingress")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     given = parser.parse_args()
     points = [point for point in (*JUDGED, *SHOWN) if given.only in str(point)]
     cases = [(point, policy, given.queue) for point in points for policy in given.policies]
     found: dict[Point, list[Report]] = {point: [] for point in points}
     missed = 0
-    print(f"queue in the ingress, of every policy: {given.queue or 'none'}")
+    print(f"queue in the ingress: {given.queue or f'of {OURS} as shipped, of the others none'}")
     with ProcessPoolExecutor(given.jobs) as pool:
         for (point, policy, _), report in zip(cases, pool.map(replay, cases), strict=True):
             found[point].append(report)

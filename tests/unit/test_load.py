@@ -37,6 +37,26 @@ def test_a_booking_is_in_the_arrays_until_it_is_freed() -> None:
     assert seen(made, B) == (0, 0, 0)
 
 
+def test_what_waits_here_is_seen_by_those_who_choose_and_is_neither_sent_nor_told() -> None:
+    made = table()
+    sent, waiting = made.book(B, 300, 512), made.wait(B, 20, 16)
+    assert seen(made, B) == (320, 2, 528)
+    assert made.sent[:, 1].tolist() == [300, 1, 512]
+    assert made.ours() == {B: Booked(300, 1, 512)}
+    made.report(B, RankLoad(0, 1, 0, 32, 99))
+    assert seen(made, B) == (320, 2, 528), "the rank does not have it"
+    made.free(waiting)
+    made.free(waiting)
+    assert seen(made, B) == (300, 1, 512)
+    made.free(sent)
+    gone = made.wait(B, 20, 16)
+    made.remove_holder(B)
+    made.free(gone)
+    assert made.num_bookings == 0
+    assert not made.values.any()
+    assert made.sent is made.values
+
+
 def test_a_report_adds_only_what_nobody_has_booked() -> None:
     made = table()
     made.book(A, 100, 160)
@@ -113,13 +133,15 @@ def test_a_rank_that_left_takes_its_load_with_it_and_a_new_one_in_its_place_is_i
     assert made.num_bookings == 0
 
 
-STEPS = st.tuples(st.sampled_from("bpfdurlx"), st.integers(0, 2), st.integers(0, 9))
+STEPS = st.tuples(st.sampled_from("bwpfdurlx"), st.integers(0, 2), st.integers(0, 9))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(STEPS, max_size=60))
 def test_no_walk_leaves_anything_behind(steps: list[tuple[str, int, int]]) -> None:
-    """b: book, p: prefilled, f: free, d: a rank dies, u: it is back, r: it reports, l: a peer tells, x: it is gone."""
+    """b: book, w: wait, p: prefilled, f: free, d: a rank dies, u: it is back, r: it reports, l: a peer tells, x: it is
+    gone.
+    """
     made = table(block_size=1)
     bookings: list[Booking] = []
     for step, rank, number in steps:
@@ -127,6 +149,8 @@ def test_no_walk_leaves_anything_behind(steps: list[tuple[str, int, int]]) -> No
         match step:
             case "b":
                 bookings.append(made.book(holder, number, number + 1))
+            case "w":
+                bookings.append(made.wait(holder, number, number + 1))
             case "p" if bookings:
                 made.prefilled(bookings[number % len(bookings)])
             case "f" if bookings:
@@ -142,7 +166,8 @@ def test_no_walk_leaves_anything_behind(steps: list[tuple[str, int, int]]) -> No
                 made.peer(f"r{number % 2}", {holder: Booked(number, number, number)})
             case "x":
                 made.forget(f"r{number % 2}")
-        assert (made.values >= 0).all()
+        assert (made.sent >= 0).all()
+        assert (made.sent <= made.values).all()
     for booking in bookings:
         made.free(booking)
     for replica in ("r0", "r1"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from backends.engine import RankLoad, Role
 from dynamo_ray.request.occupancy import Occupancy
 from dynamo_ray.routing.chooser import WorkerFacts
@@ -14,23 +16,24 @@ BLOCK, BLOCKS = 16, 10
 class Known:
     """Two workers of two ranks each; columns 0 and 1 are the first one's."""
 
-    def __init__(self, max_requests: int = 4, max_worker_requests: int = 6) -> None:
+    def __init__(self, role: Role = Role.DECODE) -> None:
+        self.role = role
         self.ranks = Ranks()
         self.table = LoadTable(self.ranks)
-        self.occupancy = Occupancy(self.ranks, self.table, max_requests, max_worker_requests)
+        self.occupancy = Occupancy(self.ranks, self.table, 4, 6, 1000)
         for name in ("a", "b"):
             self.up(name)
 
     def up(self, name: str, num_ranks: int = 2) -> None:
-        facts = WorkerFacts(name, 1, Role.AGGREGATED, num_ranks, BLOCK, BLOCKS)
+        facts = WorkerFacts(name, 1, self.role, num_ranks, BLOCK, BLOCKS)
         for holder in facts.holders:
             self.ranks.add(holder)
             self.table.add_holder(holder, facts.role, BLOCK)
         self.occupancy.up(facts)
 
-    def book(self, worker: str, rank: int, count: int, kv_tokens: int = 0) -> None:
+    def book(self, worker: str, rank: int, count: int, kv_tokens: int = 0, queued_tokens: int = 0) -> None:
         for _ in range(count):
-            self.table.book(Holder(worker, 1, rank), 0, kv_tokens)
+            self.table.book(Holder(worker, 1, rank), queued_tokens, kv_tokens)
 
     def heard(self, worker: str, rank: int, load: RankLoad) -> None:
         self.table.report(Holder(worker, 1, rank), load)
@@ -66,6 +69,23 @@ def test_booked_kv_makes_a_rank_busy_only_if_it_says_so_too() -> None:
     assert known.busy(prompt_tokens=49) == {0}
     known.heard("a", 0, RankLoad(0, 1, 1, 7, BLOCKS))
     assert known.busy(prompt_tokens=1) == {0}, "requests wait in it"
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.AGGREGATED])
+def test_who_computes_prompts_is_busy_by_what_it_has_of_them_and_not_by_its_kv(role: Role) -> None:
+    known = Known(role)
+    known.book("a", 0, 2, kv_tokens=100, queued_tokens=499)
+    known.heard("a", 0, RankLoad(0, 1, 1, BLOCKS, BLOCKS))
+    assert known.busy() == set()
+    known.book("a", 0, 1, queued_tokens=2)
+    assert known.busy() == {0}
+
+
+def test_what_waits_here_makes_no_rank_busy() -> None:
+    known = Known()
+    for _ in range(9):
+        known.table.wait(Holder("a", 1, 0), 5000, 1000)
+    assert known.busy() == set()
 
 
 def test_a_rank_without_requests_is_never_busy_and_a_worker_s_columns_may_be_another_s_later() -> None:

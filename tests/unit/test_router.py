@@ -108,9 +108,9 @@ def test_a_full_queue_and_a_deadline_end_the_wait_with_their_own_errors() -> Non
     clock.run(main())
 
 
-def test_a_prompt_that_the_kv_cache_does_not_hold_now_waits_here() -> None:
+def test_a_prompt_that_the_kv_of_a_decode_rank_does_not_hold_now_waits_here() -> None:
     async def main() -> None:
-        async with cluster(prefill=0, decode=1, kv_blocks=10, max_model_len=160, step_s=0.2) as made:
+        async with cluster(prefill=1, decode=1, kv_blocks=10, max_model_len=160, step_s=0.2) as made:
             running = send(made, asked("running", size=100))
             await asyncio.sleep(1.1)  # a heartbeat says what it holds
             waiting = send(made, asked("waiting", size=101))

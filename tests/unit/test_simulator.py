@@ -191,7 +191,7 @@ def test_the_same_replay_twice_is_the_same() -> None:
 
 def waiting(**queue: object) -> DeploymentConfig:
     """Of one rank that takes one request at a time; the others wait in the ingress."""
-    router = RouterConfig.model_validate({"queue": {"busy_requests": 1, **queue}})
+    router = RouterConfig.model_validate({"queue": {"busy_requests": 1, "order": "fcfs", **queue}})
     return aggregated(1).model_copy(update={"router": router})
 
 
@@ -221,9 +221,11 @@ def test_requests_wait_as_the_queue_of_the_configuration_has_it() -> None:
 def test_requests_that_wait_go_on_after_the_last_has_come() -> None:
     """Ranks go on telling their load: one that said it was full, of requests that share a prefix, does not stay so."""
     trace = [request(n * 0.05, (*range(9), 9 + n), answer=100) for n in range(60)]
+    values = {"model": {"name": "m", "path": "/nowhere"}, "backend": "simulated", "prefill": {}, "decode": {}}
+    models = {Role.PREFILL: LARGE, Role.DECODE: replace(LARGE, kv_total_blocks=24)}
     reports = [
-        simulate(config, trace, models={Role.AGGREGATED: replace(LARGE, kv_total_blocks=24)})
-        for config in (aggregated(2), aggregated(2).model_copy(update={"router": RouterConfig(queue=None)}))
+        simulate(DeploymentConfig.model_validate(values | {"router": router}), trace, models=models)
+        for router in ({}, {"queue": None})
     ]
     assert reports[0].ttft_s != reports[1].ttft_s, "some waited here"
     assert reports[0].duration_s < 1.5 * reports[1].duration_s

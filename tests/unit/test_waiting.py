@@ -21,7 +21,7 @@ class Ranks:
     def __init__(self, free: int, **options: Any) -> None:
         self.free = free
         self.up = True
-        self.room: WaitingRoom[int] = WaitingRoom(QueueConfig(**options), self.release)
+        self.room: WaitingRoom[int] = WaitingRoom(QueueConfig(**options), self.release, lambda: ~self.free)
 
     def wants(self, mask: int) -> Callable[[int], int | Busy]:
         def go(kept: int) -> int | Busy:
@@ -41,10 +41,16 @@ class Ranks:
         self.room.wake()
 
     def enter(
-        self, mask: int = 1, priority: int = 0, timeout_s: float = 60.0, again: bool = False
+        self,
+        mask: int = 1,
+        priority: int = 0,
+        timeout_s: float = 60.0,
+        again: bool = False,
+        uncached: Callable[[], int] = lambda: 0,
     ) -> asyncio.Task[int]:
         now_s = asyncio.get_running_loop().time()
-        entering = self.room.enter(self.wants(mask), lambda: Ticket(priority, 0, now_s), now_s + timeout_s, again)
+        ticket = Ticket(priority, now_s)
+        entering = self.room.enter(self.wants(mask), lambda: ticket, now_s + timeout_s, again, uncached)
         return asyncio.create_task(entering)
 
 
@@ -69,6 +75,34 @@ def test_who_waits_goes_in_order_as_soon_as_a_rank_is_free() -> None:
         await turn()
         assert low.done()
         assert ranks.room.num_waited == 2
+
+    clock.run(main())
+
+
+def test_of_those_that_wait_for_one_rank_who_has_the_least_to_compute_by_then_goes_first() -> None:
+    async def main() -> None:
+        ranks, uncached = Ranks(free=0), {"long": 900, "short": 10, "elsewhere": 1, "urgent": 5000}
+        tasks = {
+            name: ranks.enter(
+                0b10 if name == "elsewhere" else 0b01, name == "urgent", uncached=lambda n=name: uncached[n]
+            )
+            for name in uncached
+        }
+        await turn()
+        went = []
+        for cached in ("", "", "long"):
+            if cached:
+                uncached[cached] = 1  # somebody before it has computed its prefix
+                uncached["late"] = 5
+                tasks["late"] = ranks.enter(0b01, uncached=lambda: uncached["late"])
+                await turn()
+            ranks.release(0b01)
+            await turn()
+            (name,) = [name for name, task in tasks.items() if task.done() and name not in went]
+            went.append(name)
+        assert went == ["urgent", "short", "long"]
+        for task in tasks.values():
+            task.cancel()
 
     clock.run(main())
 
@@ -117,7 +151,7 @@ def test_ranks_that_come_are_within_a_second_for_those_too_who_were_passed_over(
             return ranks.wants(may[0])(kept)
 
         first = ranks.enter(0b01)
-        late = asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 0, 1.0), 60.0))
+        late = asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 1.0), 60.0))
         await turn()
         may[0], ranks.free = 0b11, 0b10
         await asyncio.sleep(ASK_AGAIN_S)
@@ -136,7 +170,7 @@ def test_who_waits_for_ranks_that_are_not_there_yet_has_them_when_they_come_and_
         def go(kept: int) -> int | Busy:
             return ranks.wants(0b01)(kept) if come[0] else Busy(0)
 
-        waiting = [asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 0, 0.0), 60.0)) for _ in range(40)]
+        waiting = [asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 0.0), 60.0)) for _ in range(40)]
         other = ranks.enter(0b10)
         await turn()
         ranks.release(0b10)
@@ -161,7 +195,7 @@ def test_nobody_behind_is_looked_at_where_nobody_could_go() -> None:
             looks.append(kept)
             return Busy(1, everyone=True)
 
-        waiting = [asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 0, 0.0), 60.0)) for _ in range(50)]
+        waiting = [asyncio.create_task(ranks.room.enter(go, lambda: Ticket(0, 0.0), 60.0)) for _ in range(50)]
         await turn()
         looks.clear()
         ranks.room.wake()
@@ -285,7 +319,7 @@ def test_workers_that_are_gone_are_waited_for_and_other_errors_end_only_their_ow
                 raise InvalidRequest("no", "lora")
             return Busy(1)
 
-        refused = asyncio.create_task(ranks.room.enter(refuse, lambda: Ticket(1, 0, 0.0), 60.0))
+        refused = asyncio.create_task(ranks.room.enter(refuse, lambda: Ticket(1, 0.0), 60.0))
         await turn()
         ranks.up = False
         ranks.room.wake()
@@ -309,7 +343,7 @@ def test_a_defect_ends_the_request_that_meets_it_and_holds_up_nobody_behind() ->
                 raise KeyError("defect")
             return Busy(1)
 
-        ends = asyncio.create_task(ranks.room.enter(broken, lambda: Ticket(1, 0, 0.0), 60.0))
+        ends = asyncio.create_task(ranks.room.enter(broken, lambda: Ticket(1, 0.0), 60.0))
         behind = ranks.enter()
         await turn()
         ranks.release(1)
