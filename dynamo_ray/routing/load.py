@@ -172,15 +172,10 @@ class LoadTable:
 
     def book(self, holder: Holder, queued_tokens: int, kv_tokens: int) -> Booking:
         """Count a leg in. A rank that is not known (it died meanwhile) counts nothing."""
-        column = self._ranks.column(holder)
-        row = self._row(column)
-        if row is None or column is None:
-            return Booking(None, 0, 0)
-        booking = Booking(column, queued_tokens, kv_tokens)
-        row.open.add(booking)
-        self._num_bookings += 1
-        self._change(column, row, queued_tokens, 1, kv_tokens)
-        self.recent_tokens[column] += queued_tokens
+        booking = self._open(holder, queued_tokens, kv_tokens, sent=True)
+        if booking.column is None:
+            return booking
+        self.recent_tokens[booking.column] += queued_tokens
         self._until_faded -= 1
         if not self._until_faded:
             self.recent_tokens *= 0.75
@@ -191,16 +186,7 @@ class LoadTable:
         """Count in a leg that waits in this ingress for the rank: whoever chooses sees it, the rank does not have it
         yet, and peers are not told.
         """
-        column = self._ranks.column(holder)
-        row = self._row(column)
-        if row is None or column is None:
-            return Booking(None, 0, 0)
-        booking = Booking(column, queued_tokens, kv_tokens, sent=False)
-        row.open.add(booking)
-        self._num_bookings += 1
-        self._num_waiting += 1
-        self._change_waiting(column, row, queued_tokens, 1, kv_tokens)
-        return booking
+        return self._open(holder, queued_tokens, kv_tokens, sent=False)
 
     def generated(self, booking: Booking, tokens: int) -> None:
         """The leg's rank has generated so many tokens."""
@@ -221,11 +207,7 @@ class LoadTable:
         if row is not None and column is not None:
             row.open.remove(booking)
             self._num_bookings -= 1
-            if booking.sent:
-                self._change(column, row, -booking.queued_tokens, -1, -booking.kv_tokens)
-            else:
-                self._num_waiting -= 1
-                self._change_waiting(column, row, -booking.queued_tokens, -1, -booking.kv_tokens)
+            self._change(column, row, -booking.queued_tokens, -1, -booking.kv_tokens, booking.sent)
 
     def take_changes(self) -> dict[Holder, Booked]:
         """What this ingress has booked on each rank whose bookings changed since the last call, for its peers."""
@@ -277,20 +259,29 @@ class LoadTable:
                 found[holder] = Booked(*row.ours)
         return found
 
-    def _change(self, column: int, row: _Rank, queued_tokens: int, requests: int, kv_tokens: int) -> None:
-        ours = row.ours
-        ours[0] += queued_tokens
-        ours[1] += requests
-        ours[2] += kv_tokens
-        self._changed.add(column)
-        self._sum(column, row)
+    def _open(self, holder: Holder, queued_tokens: int, kv_tokens: int, sent: bool) -> Booking:
+        column = self._ranks.column(holder)
+        row = self._row(column)
+        if row is None or column is None:
+            return Booking(None, 0, 0)
+        booking = Booking(column, queued_tokens, kv_tokens, sent)
+        row.open.add(booking)
+        self._num_bookings += 1
+        self._change(column, row, queued_tokens, 1, kv_tokens, sent)
+        return booking
 
-    def _change_waiting(self, column: int, row: _Rank, queued_tokens: int, requests: int, kv_tokens: int) -> None:
-        waiting = row.waiting
-        waiting[0] += queued_tokens
-        waiting[1] += requests
-        waiting[2] += kv_tokens
-        self._waiting[:, column] = waiting
+    def _change(
+        self, column: int, row: _Rank, queued_tokens: int, requests: int, kv_tokens: int, sent: bool = True
+    ) -> None:
+        counted = row.ours if sent else row.waiting
+        counted[0] += queued_tokens
+        counted[1] += requests
+        counted[2] += kv_tokens
+        if sent:
+            self._changed.add(column)
+        else:
+            self._num_waiting += requests
+            self._waiting[:, column] = counted
         self._sum(column, row)
 
     def _sum(self, column: int, row: _Rank) -> None:
