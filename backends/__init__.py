@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from backends.arguments import Mistake
-    from backends.engine import Engine, LaunchSpec
+    from backends.engine import Engine, LaunchSpec, Role
 
 BACKENDS = ("simulated", "vllm", "sglang", "trtllm")
 SOCKET_FOLDER = "<folder>"
@@ -94,8 +94,15 @@ def mistakes(backend: str, version: str | None, engine_args: Mapping[str, Any]) 
     return ()
 
 
-def caches_prefixes(backend: str, spec: LaunchSpec) -> bool:
-    """Whether an engine started so finds a prompt's blocks again for the next one that begins alike."""
+def caches_prefixes(backend: str, role: Role, engine_args: Mapping[str, Any]) -> bool:
+    """Whether an engine of that role, started with these, finds a prompt's blocks again for the next that begins alike.
+
+    Raises:
+        EngineStartError: The arguments cannot be.
+    """
+    from backends.engine import LaunchSpec
+
+    spec = LaunchSpec(role, role, "", "", engine_args=engine_args)
     caches: bool = import_module(f"backends.{backend}_args").caches_prefixes(spec)
     return caches
 

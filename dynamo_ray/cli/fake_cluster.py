@@ -8,7 +8,7 @@ from math import ceil, isinf
 from typing import Any
 
 import backends
-from backends.engine import EngineStartError, LaunchSpec, Role
+from backends.engine import EngineStartError, Role
 from backends.simulated_args import parse_args
 from dynamo_ray import models
 from dynamo_ray.cli.checked import CheckedFile
@@ -107,9 +107,7 @@ def _simulated_args(backend: str, name: Role, role: RoleConfig) -> dict[str, Any
         "block_size": block_size,
         "max_model_len": max_model_len,
         "kv_blocks": max(KV_BLOCKS, ceil(max_model_len / block_size)),
-        "prefix_caching": backends.caches_prefixes(
-            backend, LaunchSpec(name, name, "", "", engine_args=role.engine_args)
-        ),
+        "prefix_caching": backends.caches_prefixes(backend, name, role.engine_args),
         "handoff": "concurrent" if backend == "sglang" else "sequential",
         # vLLM's nodes each serve their own ranks; the others' are served through their leader.
         "serving": "every_node" if backend == "vllm" and role.parallelism.attn_dp > 1 else "leader",

@@ -13,9 +13,9 @@ MAX_EQUAL_STEPS = 64
 class Group:
     """`begin` a step, then `end` it at the time that `begin`, or the last `hurry`, gave."""
 
-    def __init__(self, worker: str, model: RankModel, num_ranks: int) -> None:
+    def __init__(self, worker: str, model: RankModel, num_ranks: int, caches_prefixes: bool = True) -> None:
         self.worker = worker
-        self.ranks = [Rank(model, dp_rank) for dp_rank in range(num_ranks)]
+        self.ranks = [Rank(model, dp_rank, caches_prefixes) for dp_rank in range(num_ranks)]
         self.busy = False
         self._began_s = 0.0
         self._step_s = 0.0

@@ -92,6 +92,7 @@ class Rank:
 
     model: RankModel
     dp_rank: int = 0
+    caches_prefixes: bool = True
     steps: int = 0
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
@@ -110,7 +111,7 @@ class Rank:
     """The first that waits did not fit, and nothing was freed since."""
 
     def __post_init__(self) -> None:
-        self.pool = BlockPool(self.model.kv_total_blocks, self.model.block_size)
+        self.pool = BlockPool(self.model.kv_total_blocks, self.model.block_size, self.caches_prefixes)
 
     @property
     def num_running(self) -> int:

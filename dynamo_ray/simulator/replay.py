@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 
+import backends
 from backends.engine import EngineStartError, Role
 from backends.kv_events import KVEventBatch
 from backends.simulated_args import parse_args
@@ -47,7 +48,8 @@ def simulate(
     """Replay a trace through the deployment's router; same inputs, same report but for `decision_cpu_s`.
 
     Nothing is started. Every worker's DP ranks step in lockstep; what can never fit a rank is refused and counted.
-    Requests wait in the ingress as `router.queue` has it, and are refused where it is full; nobody has a deadline.
+    Ranks cache prefixes where their `engine_args` have them do so, and tell of it unless `events: none`. Requests wait
+    in the ingress as `router.queue` has it, and are refused where it is full; nobody has a deadline.
 
     Args:
         trace: a file of Mooncake's format, or requests in order of arrival.
@@ -99,6 +101,13 @@ def rank_model(config: DeploymentConfig, role: Role) -> RankModel:
     )
 
 
+def _caches_prefixes(config: DeploymentConfig, role: Role) -> bool:
+    try:
+        return backends.caches_prefixes(config.backend, role, config.roles[role].engine_args)
+    except EngineStartError as error:
+        raise ConfigError((Problem(role.value, str(error)),)) from error
+
+
 @dataclass(slots=True)
 class _Request:
     """A request under way."""
@@ -134,6 +143,7 @@ class _Replay:
         self._policy = config.router.policy
         self._models = models
         self._seed = chain_seed(config.model.name)
+        self._tells_events = config.events != "none"
         self._router = Router(config)
         self._groups: dict[str, Group] = {}
         self._roles: dict[Role, list[Rank]] = {role: [] for role in config.roles}
@@ -150,8 +160,20 @@ class _Replay:
         self._woken = False
         """Those that wait will be looked at, in this moment."""
         for role, role_config in config.roles.items():
+            caches = _caches_prefixes(config, role)
+            facts = partial(
+                WorkerFacts,
+                epoch=1,
+                role=role,
+                attn_dp_size=role_config.parallelism.attn_dp,
+                block_size=models[role].block_size,
+                kv_total_blocks=models[role].kv_total_blocks,
+                handoff="none" if role is Role.AGGREGATED else "sequential",
+                caches_prefixes=caches,
+                tells_events=caches and self._tells_events,
+            )
             for replica in range(role_config.replicas):
-                self._add(f"{role.value}-{replica}", role, role_config.parallelism.attn_dp)
+                self._add(facts(f"{role.value}-{replica}"))
 
     def run(self, trace: Sequence[TraceRequest], rate: float) -> Report:
         fitting = [request for request in trace if self._fits(request)]
@@ -165,20 +187,11 @@ class _Replay:
         assert not self._router.any_waits, "nobody waits for ranks that are free"
         return self._report(fitting, len(trace) - len(fitting), rate)
 
-    def _add(self, worker: str, role: Role, num_ranks: int) -> None:
-        model = self._models[role]
-        facts = WorkerFacts(
-            name=worker,
-            epoch=1,
-            role=role,
-            attn_dp_size=num_ranks,
-            block_size=model.block_size,
-            kv_total_blocks=model.kv_total_blocks,
-            handoff="none" if role is Role.AGGREGATED else "sequential",
-        )
+    def _add(self, facts: WorkerFacts) -> None:
         self._router.up(facts)
-        self._groups[worker] = group = Group(worker, model, num_ranks)
-        self._roles[role] += group.ranks
+        group = Group(facts.name, self._models[facts.role], facts.attn_dp_size, facts.caches_prefixes)
+        self._groups[facts.name] = group
+        self._roles[facts.role] += group.ranks
 
     def _at(self, time_s: float, happen: Callable[[float], None]) -> None:
         heappush(self._heap, (time_s, next(self._order), happen))
@@ -292,12 +305,11 @@ class _Replay:
     def _tell(self, group: Group, now_s: float) -> None:
         """Send what the group's ranks have stored and evicted on its way to the router."""
         for rank in group.ranks:
-            if rank.pool.events:
+            events, rank.pool.events = rank.pool.events, []
+            if events and self._tells_events:
                 holder = Holder(group.worker, 1, rank.dp_rank)
                 self._sent[holder] = sequence = self._sent.get(holder, -1) + 1
-                batch = KVEventBatch(sequence, rank.dp_rank, list(rank.pool.events))
-                rank.pool.events.clear()
-                self._told.append((now_s + EVENT_DELAY_S, holder, batch))
+                self._told.append((now_s + EVENT_DELAY_S, holder, KVEventBatch(sequence, rank.dp_rank, events)))
 
     def _hear(self, now_s: float) -> None:
         while self._told and self._told[0][0] <= now_s:

@@ -180,6 +180,51 @@ def test_a_split_deployment_copies_what_the_decode_rank_has_not() -> None:
     assert report.hit_tokens == 1024
 
 
+@pytest.mark.parametrize(
+    ("backend", "engine_args", "caches"),
+    [
+        ("simulated", {}, True),
+        ("simulated", {"prefix_caching": False}, False),
+        ("vllm", {"enable_prefix_caching": False}, False),
+        ("sglang", {"disable_radix_cache": True}, False),
+        ("trtllm", {"kv_cache_config": {"enable_block_reuse": False}}, False),
+    ],
+)
+def test_ranks_find_nothing_again_where_their_engine_args_have_them_cache_nothing(
+    backend: str, engine_args: dict[str, object], caches: bool
+) -> None:
+    config = DeploymentConfig.model_validate(
+        {
+            "model": {"name": "m", "path": "/nowhere"},
+            "backend": backend,
+            "aggregated": {"engine_args": engine_args, "resources": {"cpus": 1}},
+        }
+    )
+    trace = [request(0.0, (1, 2)), request(20.0, (1, 2))]
+    report = simulate(config, trace, models={Role.AGGREGATED: LARGE})
+    assert (report.hit_tokens, report.ideal_hit_tokens) == (512 if caches else 0, 512)
+
+
+def test_a_decode_rank_that_caches_nothing_is_given_the_whole_prompt_again() -> None:
+    model = RankModel(512, 100, 512, 512, prefill_tokens_per_s=512.0, step_s=1.0, transfer_tokens_per_s=1024.0)
+    trace = [request(0.0, (1, 2), answer=2), request(20.0, (1, 2, 3), answer=2)]
+    values = {"model": {"name": "m", "path": "/nowhere"}, "backend": "sglang", "prefill": {}, "decode": {}}
+    config = DeploymentConfig.model_validate(values)
+    report = simulate(config, trace, models={Role.PREFILL: model, Role.DECODE: model})
+    # SGLang's decode side caches nothing unless it is asked to: one step of prefill, 1.5 s of copying, one step.
+    assert (report.ttft_s.p99, report.ttft_s.p50) == (6.0, 4.5)
+
+
+def test_what_ranks_cache_is_guessed_where_the_configuration_has_no_events() -> None:
+    """A guess ends by itself, though the cache still has the blocks: then nothing draws a prompt to its rank."""
+    trace = [request(0.0, (1, 2, 3, 4)), request(1000.0, (1, 2, 3, 4))]
+    hits = {}
+    for events in ("zmq", "none"):
+        config = aggregated(2).model_copy(update={"events": events})
+        hits[events] = simulate(config, trace, policy="blocks", models={Role.AGGREGATED: LARGE}).hit_tokens
+    assert hits == {"zmq": 3 * 512, "none": 0}
+
+
 def test_the_same_replay_twice_is_the_same() -> None:
     reports = [
         simulate(aggregated(2, attn_dp=2), agents(10), models={Role.AGGREGATED: LARGE}, policy="blocks")
