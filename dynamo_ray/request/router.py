@@ -23,6 +23,7 @@ from dynamo_ray.request.connection import LegFailed, WorkerConnection
 from dynamo_ray.request.eligible import Eligible, not_ready
 from dynamo_ray.request.occupancy import Occupancy
 from dynamo_ray.request.queue import Ticket
+from dynamo_ray.request.selection import Selection
 from dynamo_ray.request.tally import Tally
 from dynamo_ray.request.waiting import Busy, WaitingRoom
 from dynamo_ray.request.wire import WorkerInfo, worker_of
@@ -96,6 +97,7 @@ class Router:
         self.chooser = Chooser(config.model.name, config.router)
         self.index, self.table = self.chooser.index, self.chooser.table
         self._eligible = Eligible(workers, self.chooser.mask)
+        self._selection = Selection(self.chooser, config.router.prefill_on_decode)
         most = config.limits.max_queued_requests
         self._occupancy = Occupancy.of(queue, most, self.chooser.ranks, self.table)
         self.room: WaitingRoom[Placement] = WaitingRoom(queue, Placement.free, partial(self._occupancy.busy, 0))
@@ -219,16 +221,10 @@ class Router:
             if choice is None:
                 return Busy(wish.stuck, everyone=self._nobody_else(busy))
             return self._book(choice, in_words)
-        free, free_decode = None if prefill is None else prefill & ~busy, decode & ~busy
-        choice = None
-        if free_decode and (free or prefill is None):
-            choice = self._choose(ask, free, free_decode)
-        elif free_decode and short(bool(prefill)):
-            choice = self._alone(ask, free_decode, bool(prefill))
-        if choice is None:
-            stuck = (0 if free else prefill or 0) | (0 if free_decode else decode)
-            return Busy(stuck, everyone=self._nobody_else(stuck))
-        return self._book(choice, in_words)
+        found = self._selection.free(ask, prefill, decode, busy, short, _now_s())
+        if isinstance(found, int):
+            return Busy(found, everyone=self._nobody_else(found))
+        return self._book(found, in_words)
 
     def _book(self, choice: Choice, in_words: bool) -> Placement:
         first = None if choice.prefill is None else self._target(choice.prefill)
@@ -249,24 +245,15 @@ class Router:
         Raises:
             NotReady: It needs a prefill worker, and there is none.
         """
-        if prefill is None:
-            return self.chooser.choose(ask, None, decode, _now_s())
-        alone = self._alone(ask, decode, bool(prefill))
-        if alone is None and not prefill:
+        choice = self._selection.best(ask, prefill, decode, _now_s())
+        if choice is None:
             raise self._no_prefill()
-        return alone or self.chooser.choose(ask, prefill, decode, _now_s())
-
-    def _alone(self, ask: Ask, decode: int, prefill_lives: bool) -> Choice | None:
-        """On a decode rank that computes the prompt itself, where there is as little of it as is allowed."""
-        allowed = self._config.router.prefill_on_decode
-        if allowed is None:
-            return None
-        choice = self.chooser.choose(ask, None, decode, _now_s())
-        return choice if choice.decode.uncached_tokens <= allowed.limit(prefill_lives) else None
+        return choice
 
     def _is_short(self, attempt: Attempt, ask: Ask, prefill_lives: bool) -> bool:
         """Whether it needs no prefill worker, were no rank busy."""
-        return self._alone(ask, self._mask(Role.DECODE, attempt), prefill_lives) is not None
+        decode = self._mask(Role.DECODE, attempt)
+        return self._selection.alone(ask, decode, prefill_lives, _now_s()) is not None
 
     def _no_prefill(self) -> NotReady:
         allowed = self._config.router.prefill_on_decode

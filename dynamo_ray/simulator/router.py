@@ -11,6 +11,7 @@ from backends.engine import RankLoad, Role
 from dynamo_ray.config import DeploymentConfig, QueueConfig
 from dynamo_ray.request.occupancy import Occupancy
 from dynamo_ray.request.queue import Line, Place, Ticket
+from dynamo_ray.request.selection import Selection
 from dynamo_ray.request.wish import Wish
 from dynamo_ray.routing.chooser import Booked, Choice, Chooser, WorkerFacts
 from dynamo_ray.routing.policy import Ask
@@ -44,6 +45,7 @@ class Router:
     def __init__(self, config: DeploymentConfig) -> None:
         """Raises ValueError when the configuration names no policy."""
         self.chooser = Chooser(config.model.name, config.router)
+        self._selection = Selection(self.chooser, config.router.prefill_on_decode)
         self._held = config.router.queue is not None
         queue = config.router.queue or QueueConfig()
         self._line: Line[Arrival] = Line(queue)
@@ -83,29 +85,27 @@ class Router:
         """Those that wait and can go now, in their order, booked one after the other."""
         kept = 0
         for place, arrival in self._line:
-            while not self._waits or arrival.wish.stuck & ~kept:
+            while not arrival.wish.stuck or arrival.wish.stuck & ~kept:
                 at, first = self._next(place, arrival, kept, now_s)
                 placed = self._go(first, kept, now_s)
                 if placed is None:
-                    if not self._waits:
-                        return
                     kept |= first.wish.stuck
                     continue
                 self._line.went(at, now_s)
                 yield placed
                 if first is arrival:
                     break
-            if any(mask and not mask & ~kept for mask in self._masks.values()):
+            if not all(mask & ~kept for mask in self._needed):
                 return
 
     def _next(self, place: Place, arrival: Arrival, kept: int, now_s: float) -> tuple[Place, Arrival]:
         """Who is to be asked in this one's turn: itself, or one that waits for the same and goes first."""
         stuck = arrival.wish.stuck
-        if self._waits and not stuck & ~kept & ~self._occupancy.busy(0):
+        if not stuck & ~kept & ~self._occupancy.busy(0):
             return place, arrival
         began_s = time.thread_time()
         found = self._line.next_like(
-            place, lambda other: other.wish.stuck == stuck, lambda other: other.wish.uncached(other.ask, now_s)
+            place, lambda other: other.wish.stuck in (stuck, 0), lambda other: other.wish.uncached(other.ask, now_s)
         )
         self.decision_cpu_s += time.thread_time() - began_s
         return found
@@ -113,12 +113,10 @@ class Router:
     def _ticket(self, arrival: Arrival, now_s: float) -> Ticket:
         began_s = time.thread_time()
         if not self._waits:
-            choice = self._choose(arrival.ask, 0, now_s)
-            assert choice is not None, "where no rank is busy, there is one"
-            arrival.wish.uncached_tokens = choice.uncached_tokens
+            arrival.wish.uncached_tokens = self._best(arrival.ask, now_s, *self._roles).uncached_tokens
         else:
             busy = self._occupancy.busy(len(arrival.ask.token_ids))
-            arrival.wish.hold(partial(self._any, arrival.ask, now_s), *self._roles, busy)
+            arrival.wish.hold(partial(self._best, arrival.ask, now_s), *self._roles, busy)
         self.decision_cpu_s += time.thread_time() - began_s
         return Ticket(0, now_s)
 
@@ -126,9 +124,12 @@ class Router:
         began_s = time.thread_time()
         busy = kept | self._occupancy.busy(len(arrival.ask.token_ids)) if self._held else 0
         if self._waits:
-            choice = arrival.wish.seek(partial(self._any, arrival.ask, now_s), *self._roles, busy)
+            choice = arrival.wish.seek(partial(self._best, arrival.ask, now_s), *self._roles, busy)
         else:
-            choice = self._choose(arrival.ask, busy, now_s)
+            is_short = partial(self._is_short, arrival.ask, now_s)
+            found = self._selection.free(arrival.ask, *self._roles, busy, is_short, now_s)
+            choice = None if isinstance(found, int) else found
+            arrival.wish.stuck = found if isinstance(found, int) else 0
         placed = None if choice is None else Placed(arrival, choice, self.chooser.book(choice, now_s))
         self.decision_cpu_s += time.thread_time() - began_s
         return placed
@@ -138,13 +139,16 @@ class Router:
         """Masks of the prefill ranks and of those that decode."""
         return self._masks[Role.PREFILL] or None, self._masks[Role.AGGREGATED] or self._masks[Role.DECODE]
 
-    def _any(self, ask: Ask, now_s: float, prefill: int | None, decode: int) -> Choice:
-        return self.chooser.choose(ask, prefill, decode, now_s)
-
-    def _choose(self, ask: Ask, busy: int, now_s: float) -> Choice | None:
-        """None: all ranks of a role are busy."""
+    @property
+    def _needed(self) -> list[int]:
+        """Masks of the roles that every request needs."""
         prefill, decode = self._roles
-        free, free_decode = (prefill or 0) & ~busy, decode & ~busy
-        if not free_decode or (prefill and not free):
-            return None
-        return self.chooser.choose(ask, free or None, free_decode, now_s)
+        return [decode] if prefill is None or self._selection.short is not None else [prefill, decode]
+
+    def _best(self, ask: Ask, now_s: float, prefill: int | None, decode: int) -> Choice:
+        choice = self._selection.best(ask, prefill, decode, now_s)
+        assert choice is not None, "no worker dies"
+        return choice
+
+    def _is_short(self, ask: Ask, now_s: float, prefill_lives: bool) -> bool:
+        return self._selection.alone(ask, self._roles[1], prefill_lives, now_s) is not None

@@ -215,6 +215,24 @@ def test_a_decode_rank_that_caches_nothing_is_given_the_whole_prompt_again() -> 
     assert (report.ttft_s.p99, report.ttft_s.p50) == (6.0, 4.5)
 
 
+@pytest.mark.parametrize("policy", ["blocks", "round_robin"])
+def test_a_short_prompt_is_computed_by_the_decode_rank_where_the_configuration_allows_it(policy: str) -> None:
+    model = RankModel(512, 100, 512, 512, prefill_tokens_per_s=512.0, step_s=1.0, transfer_tokens_per_s=1024.0)
+    # Prefill computes one at a time, 2 s a block, and half a second goes by until a block is copied. The last comes
+    # while one waits for it, and is computed in 2 s where it needs none of it.
+    trace = [request(0.0, (1, 2)), request(0.5, (3, 4)), request(1.0, (5,))]
+    roles = {"prefill": {}, "decode": {"replicas": 3}}
+    found = {}
+    for allowed in (None, 512):
+        short = None if allowed is None else {"max_uncached_tokens": allowed}
+        router = {"queue": {"busy_requests": 1, "order": "fcfs"}, "prefill_on_decode": short}
+        values = {"model": {"name": "m", "path": "/nowhere"}, "backend": "simulated", **roles, "router": router}
+        config = DeploymentConfig.model_validate(values)
+        report = simulate(config, trace, policy=policy, models=dict.fromkeys((Role.PREFILL, Role.DECODE), model))
+        found[allowed] = report.ttft_s.p50, report.ttft_s.p99
+    assert found == {None: (9.5, 10.5), 512: (6.0, 9.5)}
+
+
 def test_what_ranks_cache_is_guessed_where_the_configuration_has_no_events() -> None:
     """A guess ends by itself, though the cache still has the blocks: then nothing draws a prompt to its rank."""
     trace = [request(0.0, (1, 2, 3, 4)), request(1000.0, (1, 2, 3, 4))]
