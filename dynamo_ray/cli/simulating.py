@@ -54,9 +54,7 @@ def reports(file: Path, given: Given) -> Iterator[Report]:
         try:
             report = simulate(config, trace, policy=policy, rate=given.rate, models=models, slo=slo)
         except ConfigError as error:
-            if policy is None:
-                raise
-            raise ConfigError(tuple(Problem("--policy", problem.message) for problem in error.problems)) from error
+            raise _by_option(error) from error
         if not report.num_requests:
             message = (
                 f"none of the trace's {report.num_refused} requests fits a rank; raise block_size * kv_total_blocks"
@@ -69,11 +67,25 @@ def _trace(given: Given) -> tuple[TraceRequest, ...]:
     if (given.trace is None) == (given.workload is None):
         raise ConfigError((Problem("--trace", f"say either --trace, or --workload {'|'.join(WORKLOADS)}"),))
     if given.trace is not None:
-        return read_trace(given.trace)
+        try:
+            return read_trace(given.trace)
+        except ConfigError as error:
+            of = (dataclasses.replace(problem, field=f"--trace {problem.field}") for problem in error.problems)
+            raise ConfigError(tuple(of)) from error
     make = WORKLOADS.get(str(given.workload))
     if make is None:
         raise ConfigError((Problem("--workload", f"{given.workload!r} is none of {', '.join(WORKLOADS)}"),))
     return make()
+
+
+def _by_option(error: ConfigError) -> ConfigError:
+    """What is wrong with an argument of `simulate` is so with the option that it came from."""
+    options = {"policy": "--policy", "rate": "--rate", "models": "--rank"}
+    return ConfigError(
+        tuple(
+            dataclasses.replace(problem, field=options.get(problem.field, problem.field)) for problem in error.problems
+        )
+    )
 
 
 def _models(config: DeploymentConfig, rank: str | None) -> dict[Role, RankModel]:
@@ -82,7 +94,7 @@ def _models(config: DeploymentConfig, rank: str | None) -> dict[Role, RankModel]
         try:
             return {role: rank_model(config, role) for role in config.roles}
         except ConfigError as error:
-            raise ConfigError(tuple(Problem("--rank", problem.message) for problem in error.problems)) from error
+            raise _by_option(error) from error
     pairs = [pair.partition("=") for pair in rank.split(",")]
     said = {key.strip(): value.strip() for key, _, value in pairs}
     known = get_type_hints(RankModel)
@@ -130,6 +142,13 @@ def show(made: Iterator[Report], in_json: bool) -> None:
     if found[0].num_refused:
         console.print(f"{found[0].num_refused} requests are too long for any rank, and are left out")
     for report in found:
+        if report.num_policy_errors:
+            console.print(
+                f"{report.policy}: failed {report.num_policy_errors} times, first of {report.policy_error}; each time "
+                "the rank with the fewest requests was taken, so that these numbers are not the policy's",
+                soft_wrap=True,
+                markup=False,
+            )
         if report.num_turned_away:
             console.print(
                 f"{report.policy}: {report.num_turned_away} requests came while router.queue was full (429), and have "

@@ -50,6 +50,8 @@ class Chooser:
         self.speeds = Speeds()
         self.num_policy_errors = 0
         """Legs that a policy could not place, which then went to the rank with the fewest requests."""
+        self.policy_error: str | None = None
+        """What the first of them failed of, in a line."""
         self.num_legs: Counter[Holder] = Counter()
         """Booked on each known rank."""
         self._workers: dict[str, tuple[WorkerFacts, int]] = {}
@@ -289,4 +291,5 @@ class Chooser:
                 self.config.policy,
                 exc_info=error,
             )
+            self.policy_error = f"{type(error).__name__}: {error}".splitlines()[0]
         self.num_policy_errors += 1

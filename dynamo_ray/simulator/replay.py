@@ -70,7 +70,8 @@ def simulate(
     try:
         replay = _Replay(config, known, slo or Slo())
     except ValueError as error:
-        raise ConfigError((Problem("router.policy", str(error)),)) from error
+        field = "router.policy" if policy is None else "policy"
+        raise ConfigError((Problem(field, str(error)),)) from error
     return replay.run(tuple(faster(requests, rate)), rate)
 
 
@@ -346,6 +347,8 @@ class _Replay:
             num_within_slo=sum(request.within(self._slo) for request in done),
             max_over_mean_load=max(_max_over_mean(ranks) for ranks in self._roles.values()),
             decision_cpu_s=self._router.decision_cpu_s / len(trace) if trace else 0.0,
+            num_policy_errors=self._router.chooser.num_policy_errors,
+            policy_error=self._router.chooser.policy_error,
         )
 
 

@@ -59,6 +59,11 @@ class Report:
     """Of the busiest rank to all of its role, in tokens computed and decoded over the run; the worst role's."""
     decision_cpu_s: float
     """Choosing and booking, on this machine, mean of a request."""
+    num_policy_errors: int
+    """Legs that the policy could not place, which then went to the rank with the fewest requests: above 0, this report
+    is of something else than the policy."""
+    policy_error: str | None
+    """What the first of them failed of."""
 
     @property
     def hit_share(self) -> float:

@@ -60,7 +60,7 @@ def read_trace(path: Path) -> tuple[TraceRequest, ...]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise ConfigError((Problem("--trace", f"{path}: {error.strerror or error}"),)) from error
+        raise ConfigError((Problem(str(path), f"cannot be read: {error.strerror or error}"),)) from error
     decoder = msgspec.json.Decoder(_Line)
     requests: list[TraceRequest] = []
     for number, line in enumerate(lines, 1):

@@ -249,6 +249,7 @@ def test_nonsense_of_a_policy_is_counted_and_the_request_goes_where_fewest_are(
     picked: Pick = chooser.choose(ask(), None, every(chooser), 0.0).decode
     assert picked.holder.worker == "w1"
     assert chooser.num_policy_errors == 1
+    assert chooser.policy_error
 
 
 def test_a_session_stays_with_its_rank_and_only_the_lost_rank_s_sessions_move() -> None:

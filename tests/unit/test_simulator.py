@@ -13,6 +13,8 @@ import pytest
 from backends.engine import Role
 from dynamo_ray.config import DeploymentConfig, RouterConfig
 from dynamo_ray.errors import ConfigError
+from dynamo_ray.routing import policies
+from dynamo_ray.routing.policy import Floats
 from dynamo_ray.simulator.group import Group
 from dynamo_ray.simulator.ideal import ideal_hit_tokens
 from dynamo_ray.simulator.rank import Leg, RankModel, What
@@ -23,6 +25,8 @@ from dynamo_ray.simulator.workloads import WORKLOADS, agents, single_turn
 
 SMALL = RankModel(block_size=4, kv_total_blocks=8, max_batched_tokens=8, prefill_tokens_per_s=8.0, step_s=1.0)
 MOONCAKE = Path(__file__).parents[1] / "bench" / "traces" / "mooncake_synthetic_trace.jsonl"
+LOCAL_SIM = Path(__file__).parents[2] / "configs" / "local-sim.yaml"
+LINE = {"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]}
 LARGE = RankModel(512, 1024, max_batched_tokens=2048, prefill_tokens_per_s=20_000.0, step_s=0.015)
 
 
@@ -155,6 +159,31 @@ def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str, says: str
         read_trace(path)
     assert "line 2" in str(caught.value)
     assert says in str(caught.value)
+
+
+def test_a_trace_that_cannot_be_read_is_named_as_the_caller_named_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        simulate(aggregated(1), tmp_path / "none")
+    assert str(caught.value) == f"{tmp_path / 'none'}: cannot be read: No such file or directory"
+
+
+def test_a_policy_that_fails_is_told_of_with_its_first_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from dynamo_ray.cli.commands import app
+
+    def fails(leg: object) -> Floats:
+        raise RuntimeError("no [such] table\nas it was")
+
+    monkeypatch.setattr(policies, "_REGISTERED", {})
+    policies.register_policy("fails", fails)
+    trace = [request(0.0, (1,)), request(10.0, (2,))]
+    fine, failed = (simulate(aggregated(2), trace, policy=name) for name in ("latency", "fails"))
+    assert (fine.num_policy_errors, fine.policy_error) == (0, None)
+    assert (failed.num_policy_errors, failed.policy_error) == (2, "RuntimeError: no [such] table")
+    (tmp_path / "trace.jsonl").write_text(json.dumps(LINE))
+    asked = ["simulate", str(LOCAL_SIM), "--trace", str(tmp_path / "trace.jsonl"), "--policy", "fails"]
+    assert "fails: failed 2 times, first of RuntimeError: no [such] table" in CliRunner().invoke(app, asked).stdout
 
 
 def test_a_replay_by_hand() -> None:
@@ -330,16 +359,17 @@ def test_the_command_compares_policies_and_names_what_is_wrong(tmp_path: Path) -
 
     from dynamo_ray.cli.commands import app
 
-    config = str(Path(__file__).parents[2] / "configs" / "local-sim.yaml")
     trace = tmp_path / "trace.jsonl"
-    trace.write_text('{"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]}\n' * 2)
-    asked = ["simulate", config, "--trace", str(trace), "--policy", "blocks", "--policy", "round_robin"]
+    trace.write_text(f"{json.dumps(LINE)}\n" * 2)
+    asked = ["simulate", str(LOCAL_SIM), "--trace", str(trace), "--policy", "blocks", "--policy", "round_robin"]
     run = CliRunner().invoke(app, asked)
     assert "blocks" in run.stdout
     assert "round_robin" in run.stdout
     run = CliRunner().invoke(app, [*asked, "--rank", "speed=3"])
     assert "--rank" in str(run.exception)
     run = CliRunner().invoke(app, [*asked[:2], "--trace", str(tmp_path / "none")])
-    assert "--trace" in str(run.exception)
+    assert str(run.exception) == f"--trace {tmp_path / 'none'}: cannot be read: No such file or directory"
+    run = CliRunner().invoke(app, [*asked[:4], "--policy", "best"])
+    assert str(run.exception).startswith("--policy: no policy is called 'best'; known: ")
     run = CliRunner().invoke(app, [*asked, "--json", "--rate", "2"])
     assert [json.loads(line)["policy"] for line in run.stdout.splitlines()] == ["blocks", "round_robin"]
