@@ -200,6 +200,8 @@ class SGLangEngine:
             keeps_weights = bool(spec.engine_args.get("enable_weights_cpu_backup"))
             self._control = Control(self._engine.tokenizer_manager, keeps_weights)
             await self._while_it_lives(self._warm_up())
+            # What is there now stays: collecting it again and again would stop a rank for a fraction of a second.
+            await self._engine.tokenizer_manager.freeze_gc()
         except BaseException as error:
             await self._shut_down()
             if isinstance(error, EngineStartError) or not isinstance(error, Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -51,7 +52,11 @@ class Ingress:
             tuple(config.model.loras),
         )
         telemetry = Telemetry(self._dispatch.readings)
-        return Front(self._dispatch, Tokeniser(config.model.folder), settings, telemetry)
+        front = Front(self._dispatch, Tokeniser(config.model.folder), settings, telemetry)
+        # Every module there is stays: a collection that looks through them all would stop every stream.
+        gc.collect()
+        gc.freeze()
+        return front
 
     async def check_health(self) -> None:
         """Serve replaces a replica that no longer hears from the control path's side of this process."""

@@ -30,6 +30,7 @@ CALLED: dict[str, tuple[str, ...]] = {
         "TokenizerManager.generate_request",
         "TokenizerManager.abort_request",
         "TokenizerManager.auto_create_handle_loop",
+        "TokenizerManager.freeze_gc",
         "TokenizerManager.pause_generation",
         "TokenizerManager.continue_generation",
         "TokenizerManager.update_weights_from_disk",

@@ -107,6 +107,9 @@ class TokenizerManager:
             self._forget(rid, state, error)
             raise
 
+    async def freeze_gc(self) -> None:
+        pass
+
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         if not abort_all and rid not in self.rid_to_state:
             return
