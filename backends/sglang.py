@@ -49,6 +49,7 @@ from backends.sglang_control import Control
 from backends.sglang_processes import (
     ADDRESS_VARIABLE,
     ignore_failure_signal,
+    pack_in_actors,
     run_controller,
     run_detokenizer,
     run_scheduler,
@@ -233,6 +234,8 @@ class SGLangEngine:
         if self._launcher.cancelled:
             raise EngineStartError("the start was given up")
         before = [child.pid for child in multiprocessing.active_children()]
+        if self.spec.launcher == "ray":
+            pack_in_actors()
         kind: Any = type("Engine", (_engine_class(self.spec),), ours)
         started = kind.__new__(kind)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from functools import cache
 from typing import Any
 
 from backends.kv_publisher import pack_tokens
@@ -42,12 +43,36 @@ def run_controller(*args: Any, **kwargs: Any) -> Any:
     return run_data_parallel_controller_process(*args, **kwargs)
 
 
+@cache
+def pack_in_actors() -> None:
+    """Have SGLang's Ray engine make schedulers that tell token ids packed, as `run_scheduler` does.
+
+    An actor does one thing after another: each packs when it has loaded the model, before its event loop begins.
+    """
+    from sglang.srt.ray import engine
+
+    create = engine._create_scheduler_actor
+
+    def create_packing(*args: Any, **kwargs: Any) -> Any:
+        actor = create(*args, **kwargs)
+        actor.__ray_call__.remote(_pack_here)
+        return actor
+
+    engine._create_scheduler_actor = create_packing
+
+
 def ignore_failure_signal() -> None:
     """Survive the SIGQUIT that SGLang's processes send their parent when they fail; its default is a core dump.
 
     By way of libc, because Python takes handlers in its main thread only, and a Ray actor does not run there.
     """
     ctypes.CDLL(None).signal(signal.SIGQUIT, ctypes.c_void_p(SIG_IGN))
+
+
+def _pack_here(actor: Any) -> None:
+    from sglang.srt.disaggregation import kv_events
+
+    pack_tokens(kv_events)
 
 
 def _begin() -> None:

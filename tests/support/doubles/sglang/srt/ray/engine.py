@@ -14,7 +14,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.managers.scheduler import run_scheduler_process
 
 
-@ray.remote(num_cpus=0, num_gpus=1, max_concurrency=2)
+@ray.remote
 class SchedulerActor:
     def __init__(self, server_args: Any, port_args: Any, tp_rank: int, dp_rank: int | None) -> None:
         # The real one takes Ray's absolute GPU id, which is right only where Ray hides no GPU.
@@ -23,6 +23,9 @@ class SchedulerActor:
         self._given = (server_args, port_args, int(gpu), tp_rank, *((0,) * 4), dp_rank, self)
         self._info: dict[str, Any] = {}
         self._ready = threading.Event()
+        self._runs = threading.Thread(target=run_scheduler_process, args=self._given, daemon=True)
+        self._runs.start()
+        self._ready.wait()
 
     def send(self, info: dict[str, Any]) -> None:
         """As the pipe that a process would have."""
@@ -30,11 +33,16 @@ class SchedulerActor:
         self._ready.set()
 
     def get_info(self) -> dict[str, Any]:
-        self._ready.wait()
         return self._info
 
     def run_event_loop(self) -> None:
-        run_scheduler_process(*self._given)
+        self._runs.join()
+
+
+def _create_scheduler_actor(pg: Any, bundle_idx: int, server_args: Any, **given: Any) -> Any:
+    strategy = PlacementGroupSchedulingStrategy(pg, bundle_idx)
+    options = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": strategy}
+    return SchedulerActor.options(**options).remote(server_args, **given)
 
 
 class RayEngine(Engine):
@@ -51,15 +59,20 @@ class RayEngine(Engine):
         bundles = sorted(of_node, key=lambda bundle: (of_node[bundle] != here, bundle))
         per_node = args.tp_size // args.nnodes
         actors = [
-            SchedulerActor.options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundles[tp_rank // per_node])
-            ).remote(args, self.port_args, tp_rank, tp_rank // args.attn_tp_size if args.num_dp_ranks > 1 else None)
+            _create_scheduler_actor(
+                pg=group,
+                bundle_idx=bundles[tp_rank // per_node],
+                server_args=args,
+                port_args=self.port_args,
+                tp_rank=tp_rank,
+                dp_rank=tp_rank // args.attn_tp_size if args.num_dp_ranks > 1 else None,
+            )
             for tp_rank in range(args.tp_size)
         ]
-        loops = [actor.run_event_loop.remote() for actor in actors]
         result: Any = self._scheduler_init_result
         result.scheduler_actors = actors
         result.scheduler_infos.extend(ray.get([actor.get_info.remote() for actor in actors]))
+        loops = [actor.run_event_loop.remote() for actor in actors]
 
         def wait() -> None:
             try:
