@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,6 +19,7 @@ from pydantic import (
 
 from backends import BACKENDS
 from backends.engine import Role
+from dynamo_ray import secrets
 
 Launcher = Literal["processes", "ray"]
 LAUNCHERS: dict[str, tuple[Launcher, ...]] = {
@@ -236,14 +236,7 @@ class RouterConfig(_Frozen):
     """Given: some prompts are computed by the decode worker itself, and nothing of them is handed over."""
 
 
-def _check_secret(value: str) -> str:
-    if value.startswith("${") and not SECRET_ELSEWHERE.fullmatch(value):
-        raise ValueError("write ${NAME} for an environment variable, ${file:/path} for a file's content")
-    return value
-
-
-SECRET_ELSEWHERE = re.compile(r"\$\{(?:file:(?P<file>/[^}]+)|(?P<variable>[A-Za-z_][A-Za-z0-9_]*))\}")
-Secret = Annotated[str, Field(min_length=1), AfterValidator(_check_secret)]
+Secret = Annotated[str, Field(min_length=1), AfterValidator(secrets.check)]
 """A literal, `${NAME}`: an environment variable, or `${file:/path}`: a file's content; read where it is used."""
 
 
@@ -325,7 +318,7 @@ class DeploymentConfig(_Frozen):
     routes by what it routed before."""
     nats: NatsConfig | None = None
     """Left out with `events: nats`: a private server, as NatsConfig.urls says."""
-    api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    api_keys: tuple[Secret, ...] = Field(default=(), repr=False)
     """Any of these must come as `Authorization: Bearer`; empty: open."""
 
     @model_validator(mode="after")
@@ -396,6 +389,13 @@ class DeploymentConfig(_Frozen):
     def nats_events(self) -> NatsConfig | None:
         """Of a deployment whose events go by NATS."""
         return (self.nats or NatsConfig()) if self.events == "nats" else None
+
+    @property
+    def given_secrets(self) -> dict[str, str]:
+        """Every secret, by its field, as it is written here."""
+        nats = self.nats or NatsConfig()
+        given = {f"api_keys[{index}]": key for index, key in enumerate(self.api_keys)}
+        return given | {f"nats.{name}": value for name in ("password", "token") if (value := getattr(nats, name))}
 
     def launcher(self, role: Role) -> Launcher:
         """How that role's ranks are started."""

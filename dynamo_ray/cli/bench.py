@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from dynamo_ray import secrets
 from dynamo_ray.cli import load, state
 from dynamo_ray.cli.checked import check_file, check_url
 from dynamo_ray.errors import PreflightError, Problem, StartError
@@ -84,7 +85,7 @@ def target(file: Path | None, url: str | None, model: str | None, api_key: str |
     if file is not None:
         config = check_file(file).applications[0].config
         model = model or config.model.name
-        api_key = api_key or next(iter(config.api_keys), None)
+        api_key = api_key or next(iter(secrets.read_each("api_keys", config.api_keys)), None)
     url = _running(file) if url is None else check_url("--url", url)
     if model is None:
         model = _served(url, api_key)

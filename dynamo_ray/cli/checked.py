@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dynamo_ray import config_file
+from dynamo_ray import config_file, secrets
 from dynamo_ray.config_file import Application, Document
 from dynamo_ray.errors import ConfigError, Problem
 
@@ -51,6 +51,19 @@ def check_reachable(checked: CheckedFile) -> None:
         if application.route_prefix is None:
             field = f"applications[{application.index}].route_prefix"
             problems.append(Problem(field, "null leaves no way in; write a path such as /"))
+    if problems:
+        raise ConfigError(tuple(problems))
+
+
+def check_secrets(checked: CheckedFile) -> None:
+    """Raises ConfigError where a secret is not where an application of ours says that it is."""
+    problems: list[Problem] = []
+    for application in checked.applications:
+        for field, value in application.config.given_secrets.items():
+            try:
+                secrets.read(f"applications[{application.index}].args.{field}", value)
+            except ConfigError as error:
+                problems += error.problems
     if problems:
         raise ConfigError(tuple(problems))
 

@@ -50,6 +50,9 @@ Redis = Annotated[
     str | None, typer.Option(help="host:port: Ray's control store outlives its head.", rich_help_panel=AROUND)
 ]
 RedisSecret = Annotated[str | None, typer.Option(help="An existing Secret, key `password`.", rich_help_panel=AROUND)]
+EnvSecret = Annotated[
+    str | None, typer.Option(help="An existing Secret with the variables that the file names.", rich_help_panel=AROUND)
+]
 Nats = Annotated[bool, typer.Option("--nats", help="A server for KV events.", rich_help_panel=AROUND)]
 Monitoring = Annotated[
     bool, typer.Option("--monitoring", help="PodMonitors and a ServiceMonitor.", rich_help_panel=AROUND)
@@ -82,6 +85,7 @@ def main(
     cache_gib: CacheGib = None,
     redis: Redis = None,
     redis_secret: RedisSecret = None,
+    env_secret: EnvSecret = None,
     nats: Nats = False,
     monitoring: Monitoring = False,
     gateway: Gateway = None,

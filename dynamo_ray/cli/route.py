@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dynamo_ray import secrets
 from dynamo_ray.cli import state
 from dynamo_ray.errors import ConfigError, PreflightError, Problem
 
@@ -88,8 +89,8 @@ def ask(url: str, body: dict[str, Any], config: DeploymentConfig) -> Explanation
     from dynamo_ray.routing.explanation import Explanation
 
     headers = {"Content-Type": "application/json"}
-    if config.api_keys:
-        headers["Authorization"] = f"Bearer {config.api_keys[0]}"
+    for key in secrets.read_each("api_keys", config.api_keys)[:1]:
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url.rstrip('/')}/v1/route", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:

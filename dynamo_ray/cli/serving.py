@@ -20,6 +20,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import APIType, ApplicationStatus, ServeDeploySchema, ServeInstanceDetails, ServeStatus
 
+from dynamo_ray import secrets
 from dynamo_ray.cli import local_ray
 from dynamo_ray.cli.checked import CheckedFile
 from dynamo_ray.cli.patience import Patience
@@ -143,8 +144,8 @@ def first_token(url: str, config: DeploymentConfig) -> None:
     """
     body = {"model": config.model.name, "prompt": "Hello", "max_tokens": 1, "stream": True}
     headers = {"Content-Type": "application/json"}
-    if config.api_keys:
-        headers["Authorization"] = f"Bearer {config.api_keys[0]}"
+    for key in secrets.read_each("api_keys", config.api_keys)[:1]:
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=120.0) as response:

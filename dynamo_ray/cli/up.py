@@ -13,7 +13,7 @@ import msgspec
 import yaml
 
 from dynamo_ray.cli import local_nats, local_ray, preflight, serving, state
-from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable
+from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable, check_secrets
 from dynamo_ray.cli.fake_cluster import fake_cluster
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.config_file import IMPORT_PATH
@@ -137,6 +137,7 @@ def up(
             checked, nodes = fake.checked, fake.node_options()
         chosen = checked.port if port is None else port
         if address is None:
+            check_secrets(checked)
             state.running()  # for what it ends: a proxy of a killed `up` may sit on the port
             preflight.check(checked, chosen, progress)
         provided = resources.enter_context(local_nats.provided(checked, folder, private=address is None))

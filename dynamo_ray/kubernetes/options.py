@@ -45,6 +45,8 @@ class Options:
     """host:port where Ray's control store survives its head."""
     redis_secret: str | None = None
     """An existing Secret; its key `password` is Redis'."""
+    env_secret: str | None = None
+    """An existing Secret with the environment variables that the file names as ${NAME}: keys of the same names."""
     nats: bool = False
     monitoring: bool = False
     gateway: str | None = None
@@ -114,6 +116,7 @@ def _names(options: Options) -> Iterator[Problem]:
         "--hf-secret": options.hf_secret,
         "--model-pvc": options.model_pvc,
         "--redis-secret": options.redis_secret,
+        "--env-secret": options.env_secret,
         "--gateway": options.gateway,
     }
     for option, name in named.items():

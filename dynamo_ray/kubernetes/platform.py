@@ -183,6 +183,10 @@ def benchmarks(options: Options, applications: tuple[Application, ...]) -> Itera
             "resources": {"requests": {"cpu": "8", "memory": "16Gi"}},
             "volumeMounts": [{"name": "artifacts", "mountPath": AIPERF_FOLDER}],
         }
+        key = pods.first_key_variable(config)
+        if key is not None:
+            reference = {"name": options.env_secret, "key": key}
+            container["env"].append({"name": "API_KEY", "valueFrom": {"secretKeyRef": reference}})
         volumes: list[Object] = [{"name": "artifacts", "emptyDir": {}}]
         if root is not None:
             claim = {"claimName": options.model_pvc or f"{options.name}-models", "readOnly": True}
@@ -200,11 +204,16 @@ def default_concurrency(config: DeploymentConfig) -> int:
 
 CONCURRENCY_PER_GPU = 16
 
+_ASK = (
+    "import os, urllib.request as u; key = {'Authorization': 'Bearer ' + os.environ.get('API_KEY', '')}; "
+    "u.urlopen(u.Request(os.environ['URL'] + '/v1/models', headers=key), timeout=5)"
+)
 _AIPERF = f"""pip install --quiet aiperf=={AIPERF_VERSION}
-until python -c "import os, urllib.request as u; u.urlopen(os.environ['URL'] + '/v1/models', timeout=5)" 2>/dev/null; do
+until python -c "{_ASK}" 2>/dev/null; do
   echo "waiting for $URL"; sleep 5
 done
 exec aiperf profile --model "$MODEL" --tokenizer "$TOKENIZER" --url "$URL" --endpoint-type chat --streaming \\
+  ${{API_KEY:+--api-key "$API_KEY"}} \\
   --synthetic-input-tokens-mean "$ISL" --synthetic-input-tokens-stddev 0 \\
   --output-tokens-mean "$OSL" --output-tokens-stddev 0 \\
   --extra-inputs "max_tokens:$OSL" --extra-inputs "min_tokens:$OSL" --extra-inputs ignore_eos:true \\

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from dynamo_ray import models
+from dynamo_ray import models, secrets
 from dynamo_ray.config import HAPROXY_ENVIRONMENT, DeploymentConfig, RoleConfig
 from dynamo_ray.kubernetes import clouds
 from dynamo_ray.kubernetes.options import Options
@@ -57,6 +58,7 @@ def ingress(options: Options, configs: tuple[DeploymentConfig, ...]) -> Object:
     container = _container(
         "ray-worker", options, configs, {"metrics": 8080, "serve": SERVE_PORT, "ingress": REPLICA_PORT}
     )
+    container["env"] += secret_environment(options, [name for config in configs for name in variables(config)])
     container["resources"] = _both({"cpu": str(INGRESS_CPUS), "memory": f"{INGRESS_GIB}Gi"})
     container["readinessProbe"] = _probe(_PROXY_HEALTH, failures=1)
     # It tokenises: it reads the tokenizer's files, not the weights.
@@ -69,6 +71,7 @@ def engine(options: Options, config: DeploymentConfig, role: RoleConfig, group: 
     """One node of a worker of that role, which that many pods are one replica of."""
     on_gpus = config.accelerator != NO_ACCELERATOR
     container = _container("ray-worker", options, (config,), {"metrics": 8080})
+    container["env"] += secret_environment(options, variables(config, of="nats."))
     # KubeRay puts every worker pod of a RayService behind the Service of the ingress, so that a pod without Serve's
     # proxy must not be ready there: it stays 0/1 by design.
     container["readinessProbe"] = _probe(_PROXY_HEALTH if options.kind == "rayservice" else _RAY_HEALTH, failures=1)
@@ -88,6 +91,24 @@ def engine(options: Options, config: DeploymentConfig, role: RoleConfig, group: 
     if hosts > 1 and shares_nvlink(config, role):
         _add_domain(spec, f"{options.name}-{group}", pod["metadata"]["labels"])
     return pod
+
+
+def variables(config: DeploymentConfig, of: str = "") -> list[str]:
+    """Those that its secrets are in, or those whose fields begin so."""
+    named = (secrets.variable(value) for field, value in config.given_secrets.items() if field.startswith(of))
+    return [name for name in named if name is not None]
+
+
+def first_key_variable(config: DeploymentConfig) -> str | None:
+    """Of an API key that is in one."""
+    return next(iter(variables(config, of="api_keys")), None)
+
+
+def secret_environment(options: Options, names: Iterable[str]) -> list[Object]:
+    return [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": options.env_secret, "key": name}}}
+        for name in dict.fromkeys(names)
+    ]
 
 
 def shares_nvlink(config: DeploymentConfig, role: RoleConfig) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from dynamo_ray import secrets
+from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.config_file import Application
 from dynamo_ray.errors import ConfigError, Problem
 from dynamo_ray.kubernetes import clouds, platform, pods, ray_objects, rules
@@ -78,6 +80,8 @@ def _dump_all(made: list[Object]) -> str:
 def _problems(options: Options, applications: tuple[Application, ...], document: dict[str, Any]) -> Iterator[Problem]:
     downloads = any(pods.is_downloaded(application.config) for application in applications)
     yield from checks.problems(options, downloads)
+    if options.env_secret is not None and not any(pods.variables(one.config) for one in applications):
+        yield Problem("--env-secret", "the file names no variable, as in `api_keys: [${API_KEY}]`; leave it out")
     if options.monitoring and len(applications) > 1:
         yield Problem("--monitoring", "which port of a pod is whose ingress is not fixed with several; leave it out")
     if options.aiperf and not all(pods.is_downloaded(application.config) for application in applications):
@@ -116,8 +120,22 @@ def _application_problems(options: Options, application: Application, document: 
         yield Problem(
             f"applications[{application.index}].route_prefix", "null leaves no way in; write a path such as /"
         )
+    yield from _secret_problems(options, config, path)
     yield from _gpu_problems(options, application, path)
     yield from _event_problems(options, application, document)
+
+
+def _secret_problems(options: Options, config: DeploymentConfig, path: str) -> Iterator[Problem]:
+    for field, value in config.given_secrets.items():
+        variable = secrets.variable(value)
+        if secrets.is_literal(value):
+            message = "would stand readable in the manifest; write ${NAME}, and name the Secret with it by --env-secret"
+            yield Problem(f"{path}.{field}", message)
+        elif variable is not None and options.env_secret is None:
+            message = f"missing: {path}.{field} is the variable {variable}; name an existing Secret with that key"
+            yield Problem("--env-secret", message)
+    if options.aiperf and config.api_keys and pods.first_key_variable(config) is None:
+        yield Problem("--aiperf", f"AIPerf's pod is given an API key that is a variable; write one in {path}.api_keys")
 
 
 def _gpu_problems(options: Options, application: Application, path: str) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from dynamo_ray import secrets
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.request.dispatch import Dispatch
 from dynamo_ray.request.http import Front, Settings
@@ -47,7 +48,7 @@ class Ingress:
         settings = Settings(
             config.model.name,
             limits.max_body_bytes,
-            config.api_keys,
+            secrets.read_each("api_keys", config.api_keys),
             limits.request_timeout_s,
             tuple(config.model.loras),
         )

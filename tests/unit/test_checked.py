@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from dynamo_ray import up
-from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable
+from dynamo_ray import secrets, up
+from dynamo_ray.cli.checked import CheckedFile, check_file, check_reachable, check_secrets
 from dynamo_ray.cli.commands import app
 from dynamo_ray.errors import ConfigError
 
@@ -29,6 +30,22 @@ def checked(tmp_path: Path, prefix: str = "/", proxy: str = "") -> CheckedFile:
     file = tmp_path / "config.yaml"
     file.write_text(FILE.replace("PREFIX", prefix).replace("PROXY", proxy))
     return check_file(file)
+
+
+def test_a_secret_that_is_not_where_the_file_says_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = checked(tmp_path)
+    monkeypatch.setenv("API_KEY", "k1")
+    (tmp_path / "key").write_text("k2\n")
+    keys = ("${API_KEY}", f"${{file:{tmp_path / 'key'}}}", "${NO_KEY}", "${file:/nowhere}")
+    assert secrets.read_each("api_keys", keys[:2]) == ("k1", "k2")
+    config = made.applications[0].config.model_copy(update={"api_keys": keys})
+    with pytest.raises(ConfigError) as refused:
+        check_secrets(replace(made, applications=(replace(made.applications[0], config=config),)))
+    assert str(refused.value).splitlines() == [
+        "applications[0].args.api_keys[2]: the environment variable NO_KEY is not set; set it on every node before Ray "
+        "starts",
+        "applications[0].args.api_keys[3]: there is no readable file /nowhere on this node",
+    ]
 
 
 @pytest.mark.parametrize(("prefix", "url"), [("/", "http://h:1"), ("/llm", "http://h:1/llm")])

@@ -286,6 +286,58 @@ def changed(tmp_path: Path, **args: Any) -> Path:
     return path
 
 
+def environment(pod: Object) -> dict[str, Any]:
+    return {one["name"]: one.get("value", one.get("valueFrom")) for one in pod["spec"]["containers"][0]["env"]}
+
+
+def test_secrets_of_the_file_come_from_a_secret_in_the_pods_that_read_them(tmp_path: Path) -> None:
+    nats = {"urls": ["nats://n:4222"], "token": "${NATS_TOKEN}"}
+    file = changed(tmp_path, api_keys=["${API_KEY}", "${OLD_KEY}", "${file:/etc/key}"], events="nats", nats=nats)
+    assert "--env-secret: missing: applications[0].args.api_keys[0] is the variable API_KEY;" in said(
+        file, options(anonymous=True)
+    )
+    objects = rendered(file, options(anonymous=True, env_secret="keys", aiperf=True))
+    check(tmp_path, objects)
+    cluster = cluster_of(objects)
+
+    def given(pod: Object) -> list[str]:
+        return [name for name in ("API_KEY", "OLD_KEY", "NATS_TOKEN") if name in environment(pod)]
+
+    groups = {name: given(group["template"]) for name, group in groups_of(objects).items()}
+    assert groups == {
+        "ingress": ["API_KEY", "OLD_KEY", "NATS_TOKEN"],
+        "prefill": ["NATS_TOKEN"],
+        "decode": ["NATS_TOKEN"],
+    }
+    assert given(cluster["headGroupSpec"]["template"]) == []
+    reference = {"secretKeyRef": {"name": "keys", "key": "API_KEY"}}
+    assert environment(cluster["workerGroupSpecs"][0]["template"])["API_KEY"] == reference
+    (benchmark,) = (one for one in objects if one["metadata"]["name"] == "served-aiperf")
+    assert environment(benchmark["spec"]["template"])["API_KEY"] == reference
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "expected"),
+    [
+        ({"api_keys": ["hunter2"]}, {}, "args.api_keys[0]: would stand readable in the manifest; write ${NAME}"),
+        (
+            {"events": "nats", "nats": {"urls": ["nats://n:4222"], "token": "hunter2"}},
+            {},
+            "args.nats.token: would stand readable",
+        ),
+        ({}, {"env_secret": "keys"}, "--env-secret: the file names no variable"),
+        ({"api_keys": ["${API_KEY}"]}, {"env_secret": "sk_1"}, "--env-secret: is no name of an object"),
+        ({"api_keys": ["${file:/etc/key}"]}, {"aiperf": True}, "--aiperf: AIPerf's pod is given an API key"),
+    ],
+)
+def test_a_secret_that_would_stand_readable_or_nowhere_is_refused(
+    tmp_path: Path, args: dict[str, Any], given: dict[str, Any], expected: str
+) -> None:
+    refused = said(changed(tmp_path, **args), options(anonymous=True, **given))
+    assert expected in refused
+    assert "hunter2" not in refused
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [

@@ -65,6 +65,9 @@ def test_secrets_come_from_the_file_the_environment_or_the_text(
         (f"${{file:{secret}}}", "from a file"),
     ):
         assert options(NatsConfig(urls=URLS, user="me", password=given))["password"] == read
+    monkeypatch.setenv("NATS_PASSWORD", "")
+    with pytest.raises(ConfigError, match=r"nats\.password: NATS_PASSWORD is empty; write the secret there"):
+        options(NatsConfig(urls=URLS, user="me", password="${NATS_PASSWORD}"))
     with pytest.raises(ConfigError, match=r"nats\.password: there is no readable file /nowhere"):
         options(NatsConfig(urls=URLS, user="me", password="${file:/nowhere}"))
     with pytest.raises(ConfigError, match=r"nats\.ca_file: .* is no PEM"):

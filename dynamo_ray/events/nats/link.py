@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nats.errors
@@ -21,7 +19,8 @@ from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import BadRequestError, NotFoundError
 
-from dynamo_ray.config import SECRET_ELSEWHERE, NatsConfig
+from dynamo_ray import secrets
+from dynamo_ray.config import NatsConfig
 from dynamo_ray.errors import ConfigError, Problem
 from dynamo_ray.events.nats.wire import Subjects
 
@@ -51,9 +50,9 @@ def options(config: NatsConfig) -> dict[str, Any]:
         raise _wrong("urls", "missing: only `dynamo-ray up` on a private Ray starts a server; write nats://host:port")
     found: dict[str, Any] = {"servers": list(config.urls)}
     if config.user is not None and config.password is not None:
-        found |= {"user": config.user, "password": _secret("password", config.password)}
+        found |= {"user": config.user, "password": secrets.read("nats.password", config.password)}
     if config.token is not None:
-        found["token"] = _secret("token", config.token)
+        found["token"] = secrets.read("nats.token", config.token)
     if config.creds_file is not None:
         found["user_credentials"] = _credentials(config.creds_file)
     if any(url.startswith("tls://") for url in config.urls):
@@ -61,38 +60,19 @@ def options(config: NatsConfig) -> dict[str, Any]:
     return found
 
 
-def _secret(field: str, value: str) -> str:
-    elsewhere = SECRET_ELSEWHERE.fullmatch(value)
-    if elsewhere is None:
-        return value
-    if elsewhere["file"]:
-        return _file(field, elsewhere["file"]).read_text(encoding="utf-8").strip()
-    name = elsewhere["variable"]
-    if name not in os.environ:
-        raise _wrong(field, f"the environment variable {name} is not set; set it on every node before Ray starts")
-    return os.environ[name]
-
-
 def _credentials(path: str) -> RawCredentials:
-    text = _file("creds_file", path).read_text(encoding="utf-8", errors="replace")
+    text = secrets.readable("nats.creds_file", path).read_text(encoding="utf-8", errors="replace")
     if _CREDENTIALS.search(text) is None:  # nats-py 2.16 would look for its beginning for ever
         raise _wrong("creds_file", f"{path} has no user's JWT and seed, as `nsc generate creds` writes them")
     return RawCredentials(text)
 
 
 def _tls(config: NatsConfig) -> ssl.SSLContext:
-    authority = None if config.ca_file is None else str(_file("ca_file", config.ca_file))
+    authority = None if config.ca_file is None else str(secrets.readable("nats.ca_file", config.ca_file))
     try:
         return ssl.create_default_context(cafile=authority)
     except ssl.SSLError as error:
         raise _wrong("ca_file", f"{authority} is no PEM of certificates: {error}") from error
-
-
-def _file(field: str, path: str) -> Path:
-    file = Path(path).expanduser()
-    if not os.access(file, os.R_OK) or not file.is_file():
-        raise _wrong(field, f"there is no readable file {file} on this node")
-    return file
 
 
 def _wrong(field: str, message: str) -> ConfigError:
