@@ -12,11 +12,13 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import auto_init_hook
+from ray._private import auto_init_hook, parameter
+from ray._private import utils as ray_utils
 from ray._private.node import Node as RayNode
 from ray._private.parameter import RayParams
 
@@ -98,6 +100,23 @@ def variables(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def bare_nodes() -> Iterator[None]:
+    """Nodes that Ray starts meanwhile have no autoscaler and no log monitor, and of a dashboard the least that can be:
+    Python processes of which nobody asks anything here, and whose imports take a second each.
+
+    ray.init has no argument for these, and whether the packages of a dashboard are there it asks of its own function
+    (Ray 2.60).
+    """
+    dashboard = ray_utils.get_dashboard_dependency_error
+    parameter.RayParams = partial(RayParams, no_monitor=True, include_log_monitor=False)
+    ray_utils.get_dashboard_dependency_error = lambda: ImportError("nobody looks at one")
+    try:
+        yield
+    finally:
+        parameter.RayParams, ray_utils.get_dashboard_dependency_error = RayParams, dashboard
+
+
+@contextlib.contextmanager
 def running(
     folder: Path, nodes: Sequence[Mapping[str, Any]] = (), progress: Callable[[str], None] = lambda line: None
 ) -> Iterator[str]:
@@ -119,7 +138,7 @@ def running(
         values = environment(folder)
         if "RAY_AUTH_TOKEN" in values:
             state.keep_ray_token(str(folder), values["RAY_AUTH_TOKEN"])
-        with variables(values):
+        with variables(values), bare_nodes():
             _start(folder)
             _add_nodes(nodes, progress)
         yield str(ray.get_runtime_context().gcs_address)
@@ -127,7 +146,8 @@ def running(
         try:
             ray.shutdown()
         finally:
-            processes.end(str(folder))
+            # What is left of more nodes has lost its head and nothing to save; a raylet would wait ten seconds for it.
+            processes.end(str(folder), patience_s=0.0 if nodes else processes.TERMINATE_TIMEOUT_S)
 
 
 def _start(folder: Path) -> None:

@@ -271,10 +271,13 @@ def shared_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    from dynamo_ray.cli import local_ray
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cluster = Cluster()
-    cluster.add_node(num_cpus=2, include_dashboard=False)
     try:
+        with local_ray.bare_nodes():
+            cluster.add_node(num_cpus=2, include_dashboard=False)
         yield cluster.address
     finally:
         cluster.shutdown()

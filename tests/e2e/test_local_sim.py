@@ -183,6 +183,12 @@ def test_the_other_endpoints_answer(deployment: Deployment) -> None:
     assert "dynamo_ray_" in deployment.get("/metrics")[1]
 
 
+def test_its_ray_starts_nothing_that_only_an_autoscaler_or_a_reader_of_logs_would_want(deployment: Deployment) -> None:
+    commands = [" ".join(process.cmdline()) for process in deployment.descendants()]
+    assert any("gcs_server" in command for command in commands)
+    assert [command for command in commands if "monitor.py" in command] == []
+
+
 def _control(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "dynamo-ray"), "control", "local-sim", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

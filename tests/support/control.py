@@ -13,6 +13,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from dynamo_ray.cli import local_ray
 from dynamo_ray.cluster import gang, orchestrator
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.events.bookings import Peer
@@ -44,8 +45,7 @@ def fake_cluster(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Cluster]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
-        # Nodes without what only a dashboard asks of them, which each takes a second of CPU to import.
-        patch.setattr("ray._private.utils.get_dashboard_dependency_error", lambda: ImportError("nobody looks"))
+        undo.enter_context(local_ray.bare_nodes())
         made = Cluster()
         undo.callback(made.shutdown)
         # Port 0: any that is free, as the cluster of another test may have the usual one.
