@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from dynamo_ray.routing.policy import Leg as Leg
     from dynamo_ray.routing.policy import Policy as Policy
     from dynamo_ray.routing.policy import cheapest as cheapest
+    from dynamo_ray.simulator.rank import RankModel as RankModel
     from dynamo_ray.simulator.replay import simulate as simulate
+    from dynamo_ray.simulator.report import Slo as Slo
+    from dynamo_ray.simulator.traces import TraceRequest as TraceRequest
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -28,8 +31,11 @@ _HOMES = {
     "Leg": "dynamo_ray.routing.policy",
     "Pause": "backends.engine",
     "Policy": "dynamo_ray.routing.policy",
+    "RankModel": "dynamo_ray.simulator.rank",
     "Resume": "backends.engine",
     "Sleep": "backends.engine",
+    "Slo": "dynamo_ray.simulator.report",
+    "TraceRequest": "dynamo_ray.simulator.traces",
     "UpdateWeights": "backends.engine",
     "Wake": "backends.engine",
     "cheapest": "dynamo_ray.routing.policy",
@@ -45,8 +51,11 @@ __all__ = [
     "Leg",
     "Pause",
     "Policy",
+    "RankModel",
     "Resume",
     "Sleep",
+    "Slo",
+    "TraceRequest",
     "UpdateWeights",
     "Wake",
     "__version__",

@@ -66,9 +66,12 @@ def load_config(file: Path | str, application: str | None = None) -> DeploymentC
     found, problems = applications(read(Path(file)))
     if problems:
         raise ConfigError(problems)
+    if not found:
+        message = f"none in {file} has `import_path: {IMPORT_PATH}`; give a `serve run` file with one of ours"
+        raise ConfigError((Problem("applications", message),))
     chosen = [one.config for one in found if application in (None, one.name)]
     if len(chosen) != 1:
-        names = ", ".join(one.name for one in found) or f"none with `import_path: {IMPORT_PATH}`"
+        names = ", ".join(one.name for one in found)
         raise ConfigError((Problem("applications", f"name one of those in {file}: {names}"),))
     return chosen[0]
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from dynamo_ray.cli import control, manifest_command, route, state
 from dynamo_ray.cli.display import Progress, table
 from dynamo_ray.cli.interrupts import FORCED_EXIT_CODE, Interrupts
+from dynamo_ray.cli.options import naming
 from dynamo_ray.errors import PreflightError, Problem, StartupError
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def up(
             memory = PeakMemory(deployment.mark)
 
     try:
-        with Progress(began_s) as progress:
+        with Progress(began_s) as progress, naming(topology="--topology", address="--address"):
             deployment = start(
                 file,
                 address=address,

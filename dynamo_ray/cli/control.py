@@ -31,9 +31,13 @@ def control(app: str, command: Command, worker: str | None = None, *, timeout_s:
         timeout_s: how long a node may take.
 
     Raises:
+        ConfigError: That is no command.
         ControlError: Some have not, there is no such application or worker, or no Ray; says which and why. A worker
             that has done it in part takes no requests until the command, given again, succeeds.
     """
+    if not isinstance(command, Command):
+        message = f"{command!r} is none; give Pause(), Resume(), Sleep(), Wake() or UpdateWeights(path)"
+        raise ConfigError((Problem("command", message),))
     import ray
     from ray import serve
     from ray.serve.exceptions import RayServeException

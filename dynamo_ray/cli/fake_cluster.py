@@ -77,7 +77,7 @@ def fake_cluster(checked: CheckedFile, shape: str | None) -> FakeCluster:
     for application in checked.applications:
         if application.config.accelerator == NO_ACCELERATOR:
             field = f"applications[{application.index}].args.accelerator"
-            raise ConfigError((Problem(field, "computes on CPUs; start it without --fake-cluster"),))
+            raise ConfigError((Problem(field, "computes on CPUs, and needs no fake nodes; start it without"),))
     made = _simulated_file(checked)
     topology = _to_measure(checked) if shape is None else _given(shape, checked)
     labels = {application.config.placement.leaf_label for application in checked.applications}
@@ -155,7 +155,7 @@ def _given(shape: str, checked: CheckedFile) -> Topology:
     try:
         topology = read_topology(shape)
     except TopologyError as error:
-        raise ConfigError(tuple(Problem("--topology", problem) for problem in error.problems)) from error
+        raise ConfigError(tuple(Problem("topology", problem) for problem in error.problems)) from error
     problem = _misfit(topology, checked)
     if problem is not None:
         raise ConfigError((problem,))
@@ -180,11 +180,11 @@ def _to_measure(checked: CheckedFile) -> Topology:
 def _gpu(kinds: set[str]) -> GpuType:
     if len(kinds) > 1:
         message = f"say what nodes there are: the file asks for {', '.join(sorted(kinds))}"
-        raise ConfigError((Problem("--topology", message),))
+        raise ConfigError((Problem("topology", message),))
     try:
         return gpu_type(kinds.pop())
     except ValueError as error:
-        raise ConfigError((Problem("--topology", f"say what nodes there are: {error}"),)) from error
+        raise ConfigError((Problem("topology", f"say what nodes there are: {error}"),)) from error
 
 
 def _uniform(gpu: GpuType, num_nodes: int) -> Topology:

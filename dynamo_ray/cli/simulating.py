@@ -14,6 +14,7 @@ from rich.table import Table
 
 from backends.engine import Role
 from dynamo_ray.cli.checked import check_file
+from dynamo_ray.cli.options import naming
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.errors import ConfigError, Problem
 from dynamo_ray.simulator.rank import RankModel
@@ -51,10 +52,8 @@ def reports(file: Path, given: Given) -> Iterator[Report]:
     slo = Slo()
     slo = Slo(given.ttft_s or slo.ttft_s, given.itl_s or slo.itl_s)
     for policy in given.policies or (None,):
-        try:
+        with naming(policy="--policy", rate="--rate", models="--rank"):
             report = simulate(config, trace, policy=policy, rate=given.rate, models=models, slo=slo)
-        except ConfigError as error:
-            raise _by_option(error) from error
         if not report.num_requests:
             message = (
                 f"none of the trace's {report.num_refused} requests fits a rank; raise block_size * kv_total_blocks"
@@ -67,34 +66,20 @@ def _trace(given: Given) -> tuple[TraceRequest, ...]:
     if (given.trace is None) == (given.workload is None):
         raise ConfigError((Problem("--trace", f"say either --trace, or --workload {'|'.join(WORKLOADS)}"),))
     if given.trace is not None:
-        try:
+        path = str(given.trace)
+        with naming(**{path: f"--trace {path}"}):
             return read_trace(given.trace)
-        except ConfigError as error:
-            of = (dataclasses.replace(problem, field=f"--trace {problem.field}") for problem in error.problems)
-            raise ConfigError(tuple(of)) from error
     make = WORKLOADS.get(str(given.workload))
     if make is None:
         raise ConfigError((Problem("--workload", f"{given.workload!r} is none of {', '.join(WORKLOADS)}"),))
     return make()
 
 
-def _by_option(error: ConfigError) -> ConfigError:
-    """What is wrong with an argument of `simulate` is so with the option that it came from."""
-    options = {"policy": "--policy", "rate": "--rate", "models": "--rank"}
-    return ConfigError(
-        tuple(
-            dataclasses.replace(problem, field=options.get(problem.field, problem.field)) for problem in error.problems
-        )
-    )
-
-
 def _models(config: DeploymentConfig, rank: str | None) -> dict[Role, RankModel]:
     """The configuration's, and on top what --rank says."""
     if rank is None:
-        try:
+        with naming(models="--rank"):
             return {role: rank_model(config, role) for role in config.roles}
-        except ConfigError as error:
-            raise _by_option(error) from error
     pairs = [pair.partition("=") for pair in rank.split(",")]
     said = {key.strip(): value.strip() for key, _, value in pairs}
     known = get_type_hints(RankModel)

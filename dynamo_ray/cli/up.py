@@ -122,10 +122,15 @@ def up(
         PreflightError: The machine is not ready.
         StartError: Something died while starting.
     """
+    if not isinstance(config, str | Path | DeploymentConfig):
+        message = f"is a {type(config).__name__}; give a file's path, or what `load_config` returns"
+        raise ConfigError((Problem("config", message),))
+    if port is not None and not 0 < port < 1 << 16:
+        raise ConfigError((Problem("port", f"{port} is no port; write 1 to 65535"),))
     if topology is not None and not fake_nodes:
-        raise ConfigError((Problem("--topology", "only --fake-cluster makes nodes; add it, or leave this out"),))
+        raise ConfigError((Problem("topology", "is of faked nodes only; have them faked, or leave it out"),))
     if fake_nodes and address is not None:
-        raise ConfigError((Problem("--address", "a fake cluster is a private one; leave one of the two out"),))
+        raise ConfigError((Problem("address", "a fake cluster is a private one; leave one of the two out"),))
     resources = contextlib.ExitStack()
     try:
         folder = resources.enter_context(local_ray.scratch())

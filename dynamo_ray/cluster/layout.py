@@ -64,6 +64,8 @@ def plan(
         ConfigError: It cannot be; carries everything that is in the way.
     """
     given = assumptions or Assumptions()
+    if not isinstance(config, DeploymentConfig):
+        raise ConfigError((Problem("config", f"is a {type(config).__name__}; give what `load_config` returns"),))
     try:
         cluster = read_topology(topology) if isinstance(topology, str) else topology
     except TopologyError as error:
@@ -136,7 +138,7 @@ def shape_of(config: DeploymentConfig) -> tuple[ModelShape | None, list[Problem]
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
         message = f"{own} is not there, and {config.model.name} is none of those known without ({names})"
-        return None, [Problem("model.path", f"{message}; give --model-config FILE")]
+        return None, [Problem("model.path", f"{message}; give --model-config, or `shape`")]
     try:
         return read_shape(path), []
     except ConfigError as error:

@@ -134,6 +134,8 @@ def register_policy(name: str, policy: Policy | Scorer) -> None:
     Raises:
         ValueError: The name is a built-in policy's or an import path, or the policy cannot be called with a leg.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is no name; write register_policy(name, policy)")
     if name in _BUILT_IN or ":" in name or not name:
         raise ValueError(f"{name!r} is taken or is an import path; give the policy another name")
     _check(name, policy, {})
@@ -176,10 +178,20 @@ def _imported(path: str) -> Any:
     return found
 
 
+def _check_parts(name: str, policy: Policy) -> None:
+    parts = {"score": policy.score, "pick": policy.pick, "terms": policy.terms, "pair": policy.pair}
+    for field, part in parts.items():
+        if not callable(part) and (part is not None or field in ("score", "pick")):
+            raise ValueError(f"{name}: {field} of the Policy is a {type(part).__name__}; it must be a function")
+    if not isinstance(policy.filters, tuple) or not all(map(callable, policy.filters)):
+        raise ValueError(f"{name}: filters of the Policy must be a tuple of functions, as in (f,)")
+
+
 def _check(name: str, found: Any, arguments: dict[str, Any]) -> Policy:
     if isinstance(found, Policy):
         if arguments:
             raise ValueError(f"policy_args: {name} is a Policy, which takes none; name a function that makes one")
+        _check_parts(name, found)
         return found
     if not callable(found):
         raise ValueError(f"{name} is a {type(found).__name__}; it must be a function of a Leg, or a Policy")

@@ -36,6 +36,9 @@ class RankModel:
         """Raises ValueError naming what can be no rank's."""
         for name in self.__slots__:
             value, may_be_zero = getattr(self, name), name in ("step_s", "sequence_s", "kv_token_s")
+            whole = name in ("block_size", "kv_total_blocks", "max_running", "max_batched_tokens")
+            if not isinstance(value, int if whole else int | float):
+                raise ValueError(f"{name}: {value!r} is no {'whole ' if whole else ''}number")
             if not 0 <= value < inf or (value == 0 and not may_be_zero):
                 raise ValueError(f"{name}: {value:g} is not {'0 or more' if may_be_zero else 'above 0'}")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 from pathlib import Path
 
 import backends
@@ -60,9 +61,10 @@ def simulate(
     Raises:
         ConfigError: The trace or an argument is wrong; names it.
     """
-    if rate <= 0:
-        raise ConfigError((Problem("rate", f"{rate:g} is not above 0"),))
-    requests = read_trace(Path(trace)) if isinstance(trace, str | Path) else trace
+    requests = read_trace(Path(trace)) if isinstance(trace, str | Path) else tuple(trace)
+    problems = [*_problems(config, requests, policy, rate, models)]
+    if problems:
+        raise ConfigError(tuple(problems))
     if policy is not None:
         router = config.router.model_copy(update={"policy": policy})
         config = config.model_copy(update={"router": router})
@@ -73,6 +75,33 @@ def simulate(
         field = "router.policy" if policy is None else "policy"
         raise ConfigError((Problem(field, str(error)),)) from error
     return replay.run(tuple(faster(requests, rate)), rate)
+
+
+def _problems(
+    config: DeploymentConfig,
+    trace: Sequence[TraceRequest],
+    policy: str | None,
+    rate: float,
+    models: Mapping[Role, RankModel] | None,
+) -> Iterator[Problem]:
+    if not isinstance(config, DeploymentConfig):
+        yield Problem("config", f"is a {type(config).__name__}; give what `load_config` returns")
+        return
+    if policy is not None and not isinstance(policy, str):
+        yield Problem("policy", "is no name; give a policy one by register_policy(name, policy), and that name here")
+    if not isinstance(rate, int | float) or not 0 < rate < inf:
+        yield Problem("rate", f"{rate!r} is not above 0")
+    if models is not None and (not isinstance(models, Mapping) or config.roles.keys() - models.keys()):
+        yield Problem("models", f"give a RankModel for each of {', '.join(config.roles)}")
+    if not trace:
+        yield Problem("trace", "holds no requests")
+    for number, request in enumerate(trace):
+        if not isinstance(request, TraceRequest):
+            yield Problem(f"trace[{number}]", f"is a {type(request).__name__}; give a TraceRequest")
+            return
+        if number and request.arrival_s < trace[number - 1].arrival_s:
+            yield Problem(f"trace[{number}]", "comes before the one before it; give them in order of arrival")
+            return
 
 
 def rank_model(config: DeploymentConfig, role: Role) -> RankModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,11 @@ BLOCK_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request of a trace. Equal `block_ids` are equal tokens."""
+    """One request of a trace. Equal `block_ids` are equal tokens.
+
+    Raises:
+        ValueError: It can be no request; names the field.
+    """
 
     arrival_s: float
     block_ids: tuple[int, ...]
@@ -26,6 +31,19 @@ class TraceRequest:
     answer_tokens: int
     session: str
     """Whose it is: what a client would send as its conversation's id."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.arrival_s < inf:
+            raise ValueError(f"arrival_s: {self.arrival_s:g} is not 0 or more")
+        for field in ("prompt_tokens", "answer_tokens"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: {getattr(self, field)} is not 1 or more")
+        blocks = -(-self.prompt_tokens // BLOCK_TOKENS)
+        if len(self.block_ids) != blocks:
+            raise ValueError(
+                f"block_ids: {len(self.block_ids)} for {self.prompt_tokens} tokens; {BLOCK_TOKENS}-token blocks make "
+                f"{blocks}"
+            )
 
     def token_ids(self) -> list[int]:
         """The prompt."""
@@ -80,14 +98,12 @@ def _request(read: _Line, path: Path, number: int, before: Sequence[TraceRequest
     arrival_s = read.timestamp / 1000
     if before and arrival_s < before[-1].arrival_s:
         raise ConfigError((Problem(str(path), "timestamp: earlier than the line before; sort the file", number),))
-    blocks = -(-read.input_length // BLOCK_TOKENS)
-    if len(read.hash_ids) != blocks:
-        message = (
-            f"hash_ids: {len(read.hash_ids)} for {read.input_length} tokens; {BLOCK_TOKENS}-token blocks make {blocks}"
-        )
-        raise ConfigError((Problem(str(path), message, number),))
     session = read.session_id if read.session_id is not None else str(read.hash_ids[0])
-    return TraceRequest(arrival_s, tuple(read.hash_ids), read.input_length, read.output_length, session)
+    try:
+        return TraceRequest(arrival_s, tuple(read.hash_ids), read.input_length, read.output_length, session)
+    except ValueError as error:
+        message = str(error).replace("block_ids", "hash_ids")
+        raise ConfigError((Problem(str(path), message, number),)) from error
 
 
 def faster(trace: Sequence[TraceRequest], rate: float) -> Iterator[TraceRequest]:

@@ -82,6 +82,7 @@ def test_what_nobody_could_reach_is_refused(tmp_path: Path, prefix: str, proxy: 
         (f"simulate {LOCAL_SIM} --workload agents --rank block_size=1.5", "--rank: block_size: '1.5' is no whole"),
         (f"simulate {LOCAL_SIM} --workload documents --rank kv_total_blocks=1", "--rank: none of the trace's "),
         (f"plan {WIDEEP} --topology ''", "--topology: '': there is no such file"),
+        (f"up {WIDEEP} --topology 13x8xH100", "--topology: is of faked nodes only"),
         ("download org/name", "FOLDER: say where org/name is to be put"),
         ("download name /nowhere", "SOURCE: 'name' is no source"),
         ("validate configs/catalog.yaml", "has no key of a `serve run` file"),
@@ -96,8 +97,15 @@ def test_a_wrong_command_line_ends_with_2_and_names_the_argument(
     assert said in str(run.exception)
 
 
+def test_a_wrong_argument_of_up_is_named_before_anything_is_started() -> None:
+    with pytest.raises(ConfigError, match="config: is a dict; give a file's path, or what `load_config` returns"):
+        up({"model": "m"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="port: 70000 is no port; write 1 to 65535"):
+        up(ROOT / LOCAL_SIM, port=70_000)
+
+
 def test_faked_nodes_are_for_a_private_ray_and_only_they_have_a_topology() -> None:
-    with pytest.raises(ConfigError, match="--topology: only --fake-cluster"):
+    with pytest.raises(ConfigError, match=r"^topology: is of faked nodes only"):
         up(ROOT / WIDEEP, topology="13x8xH100")
-    with pytest.raises(ConfigError, match="--address: a fake cluster is a private one"):
+    with pytest.raises(ConfigError, match=r"^address: a fake cluster is a private one"):
         up(ROOT / WIDEEP, fake_nodes=True, address="127.0.0.1:6379")

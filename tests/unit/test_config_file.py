@@ -43,6 +43,11 @@ def test_from_python_a_file_is_loaded_as_the_configuration_of_one_application(tm
     file = tmp_path / "config.yaml"
     file.write_text(GOOD)
     assert load_config(str(file)) == load_config(file, "a")
+    (tmp_path / "none.yaml").write_text("applications: []")
+    with pytest.raises(
+        ConfigError, match=r"applications: none in .*none\.yaml has `import_path: dynamo_ray\.app:build`"
+    ):
+        load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"name one of those in .*: a$"):
         load_config(file, "b")
     _, application = GOOD.split("\n", 1)

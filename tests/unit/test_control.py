@@ -84,3 +84,9 @@ def test_a_private_ray_is_joined_with_its_own_token(running: Path) -> None:
 def test_a_process_that_is_joined_to_no_ray_is_told_so_and_starts_none() -> None:
     with pytest.raises(ControlError, match="joined to no Ray"):
         control.control("sim", Pause())
+
+
+@pytest.mark.parametrize("wrong", ["pause", Pause])
+def test_what_is_no_command_is_refused_before_any_worker_hears_of_it(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"(?i)command: .*pause.* is none; give Pause\(\), Resume\(\)"):
+        control.control("sim", wrong)

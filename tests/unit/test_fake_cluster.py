@@ -93,8 +93,8 @@ def test_what_serve_is_given_is_the_simulated_deployment() -> None:
     [
         ("deepseek-r1-wideep", "12x8xH100", "prefill: prefill-0 needs 4 nodes"),
         ("deepseek-r1-wideep", "13x8xH200", "H100"),
-        ("deepseek-r1-wideep", "13 nodes", "--topology"),
-        ("local-sim", None, "computes on CPUs; start it without --fake-cluster"),
+        ("deepseek-r1-wideep", "13 nodes", "topology: '13 nodes'"),
+        ("local-sim", None, "computes on CPUs, and needs no fake nodes; start it without"),
     ],
 )
 def test_what_cannot_be_faked_is_refused_with_the_reason(name: str, shape: str | None, said: str) -> None:
@@ -105,7 +105,7 @@ def test_what_cannot_be_faked_is_refused_with_the_reason(name: str, shape: str |
 
 def test_a_gpu_of_an_unknown_kind_needs_a_topology(tmp_path: Path) -> None:
     checked = check_file(written(tmp_path, accelerator="L40S"))
-    with pytest.raises(StartupError, match="--topology: say what nodes there are"):
+    with pytest.raises(StartupError, match="topology: say what nodes there are"):
         fake_cluster(checked, None)
     with pytest.raises(StartupError):
         fake_cluster(checked, "1x8xL40S")

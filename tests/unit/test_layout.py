@@ -69,7 +69,11 @@ def test_everything_that_is_in_the_way_comes_at_once() -> None:
     [
         ({"accelerator": "H10"}, "13x8xH100", "accelerator: unknown GPU 'H10'"),
         ({}, "13x8xH10", "topology: topology[0].type: unknown GPU"),
-        ({"model": {"name": "nobody/nothing", "path": "/nowhere"}}, "13x8xH100", "give --model-config FILE"),
+        (
+            {"model": {"name": "nobody/nothing", "path": "/nowhere"}},
+            "13x8xH100",
+            "give --model-config, or `shape`",
+        ),
         ({"placement": {"spares": 1}}, "13x8xH100", "spares"),
     ],
 )

@@ -223,6 +223,21 @@ def fails(leg: Leg) -> Floats:
 
 
 @pytest.mark.parametrize(
+    ("name", "policy", "said"),
+    [
+        (None, fails, "None is no name; write register_policy"),
+        ("p", 3, "p is a int; it must be a function of a Leg, or a Policy"),
+        ("p", Policy(3), "p: score of the Policy is a int; it must be a function"),  # type: ignore[arg-type]
+        ("p", Policy(fails, pick=None), "p: pick of the Policy is a NoneType"),  # type: ignore[arg-type]
+        ("p", Policy(fails, filters=fails), "p: filters of the Policy must be a tuple"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_can_be_no_policy_is_refused_when_it_is_registered(name: Any, policy: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        policies.register_policy(name, policy)
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         fails,

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,6 +166,43 @@ def test_a_trace_that_cannot_be_read_is_named_as_the_caller_named_it(tmp_path: P
     with pytest.raises(ConfigError) as caught:
         simulate(aggregated(1), tmp_path / "none")
     assert str(caught.value) == f"{tmp_path / 'none'}: cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"config": "configs/local-sim.yaml"}, "config: is a str; give what `load_config` returns"),
+        ({"trace": []}, "trace: holds no requests"),
+        ({"trace": [{"timestamp": 0}]}, "trace[0]: is a dict; give a TraceRequest"),
+        ({"trace": [TraceRequest(at_s, (1,), 9, 1, "") for at_s in (1.0, 0.5)]}, "trace[1]: comes before the one"),
+        ({"policy": lambda leg: leg.num_requests}, "policy: is no name; give a policy one by register_policy"),
+        ({"policy": "best"}, "policy: no policy is called 'best'"),
+        ({"rate": 0}, "rate: 0 is not above 0"),
+        ({"rate": float("nan")}, "rate: nan is not above 0"),
+        ({"rate": "2"}, "rate: '2' is not above 0"),
+        ({"models": LARGE}, "models: give a RankModel for each of aggregated"),
+        ({"models": {Role.DECODE: LARGE}}, "models: give a RankModel for each of aggregated"),
+    ],
+)
+def test_a_wrong_argument_is_named(wrong: dict[str, Any], said: str) -> None:
+    given = {"config": aggregated(1), "trace": [TraceRequest(0.0, (1,), 9, 1, "")], **wrong}
+    with pytest.raises(ConfigError) as caught:
+        simulate(**given)
+    assert str(caught.value).startswith(said)
+
+
+def test_what_can_be_no_request_and_no_rank_is_named() -> None:
+    for field, values in {
+        "arrival_s": (-1.0, (1,), 9, 1),
+        "block_ids": (0.0, (1,), 513, 1),
+        "prompt_tokens": (0.0, (), 0, 1),
+        "answer_tokens": (0.0, (1,), 9, 0),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{field}: "):
+            TraceRequest(*values, session="")
+    for given in ({"block_size": 16.5}, {"kv_total_blocks": "9"}, {"step_s": "0"}, {"max_running": 0}):
+        with pytest.raises(ValueError, match=f"^{next(iter(given))}: "):
+            RankModel(**given)
 
 
 def test_a_policy_that_fails_is_told_of_with_its_first_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
