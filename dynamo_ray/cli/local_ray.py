@@ -24,7 +24,9 @@ from ray._private.parameter import RayParams
 
 from dynamo_ray.cli import processes, state
 from dynamo_ray.cluster.gang import reason_of
+from dynamo_ray.config import HAPROXY_ENVIRONMENT
 from dynamo_ray.errors import PreflightError, Problem, StartError
+from dynamo_ray.priority import PRIORITY_ENVIRONMENT
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Nearly Ray's smallest: tokens do not go through it."""
@@ -52,8 +54,8 @@ def environment(folder: Path) -> dict[str, str]:
     metrics_port, stats_port, fallback_port, fallback_grpc_port = _free_ports(4)
     values = {
         processes.VARIABLE: str(folder),
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        **HAPROXY_ENVIRONMENT,
+        **PRIORITY_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),

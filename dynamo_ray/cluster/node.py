@@ -23,6 +23,7 @@ from dynamo_ray.cluster.presence import Presence, presence
 from dynamo_ray.cluster.processes import kill_predecessors
 from dynamo_ray.cluster.worker import WorkerServer
 from dynamo_ray.config import NatsConfig
+from dynamo_ray.priority import restore_priority
 from dynamo_ray.request.wire import WorkerInfo, endpoint_name
 from placement import reserve
 from placement.plan import Bundle
@@ -113,6 +114,7 @@ class EngineNode:
             EngineError: There are not so many free ports in a row, or what was left does not end.
         """
         self._lease = asyncio.create_task(self._keep_lease(), name="lease")
+        restore_priority()
         with border():
             await asyncio.to_thread(kill_predecessors)
             address = ray.util.get_node_ip_address()

@@ -11,6 +11,7 @@ from dynamo_ray import models, secrets
 from dynamo_ray.config import HAPROXY_ENVIRONMENT, DeploymentConfig, RoleConfig
 from dynamo_ray.kubernetes import clouds
 from dynamo_ray.kubernetes.options import Options
+from dynamo_ray.priority import PRIORITY_ENVIRONMENT
 from placement.topology import NO_ACCELERATOR
 
 Object = dict[str, Any]
@@ -149,10 +150,11 @@ def _container(name: str, options: Options, configs: tuple[DeploymentConfig, ...
 
 
 def _environment(configs: tuple[DeploymentConfig, ...]) -> dict[str, str]:
-    """What Serve reads when it starts, on every pod; as `dynamo-ray up` sets it."""
+    """What Ray and Serve read when they start, on every pod; as `dynamo-ray up` sets it."""
     longest_s = max(config.limits.request_timeout_s for config in configs)
     return {
         **HAPROXY_ENVIRONMENT,
+        **PRIORITY_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(INGRESS_CPUS),
         # HAProxy cuts what still streams this long after a reload (ray#66056).

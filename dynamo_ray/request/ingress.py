@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dynamo_ray import secrets
 from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.priority import restore_priority
 from dynamo_ray.request.dispatch import Dispatch
 from dynamo_ray.request.http import Front, Settings
 from dynamo_ray.request.membership import Membership
@@ -31,6 +32,7 @@ class Ingress:
 
     async def __init__(self, config: dict[str, Any], orchestrator: DeploymentHandle) -> None:  # type: ignore[misc]
         # Serve awaits an async constructor, which is how this one is on the loop that serves.
+        restore_priority()
         self._config = DeploymentConfig.model_validate(config)
 
         async def watch(version: int) -> Membership:

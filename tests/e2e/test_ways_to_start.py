@@ -29,6 +29,7 @@ with up(sys.argv[1], port=int(sys.argv[2])) as deployment:
 
 TWICE = """
 import json, os, subprocess, sys, time, urllib.request
+import psutil
 from dynamo_ray import DeploymentConfig, up
 
 assert "RAY_AUTH_MODE" not in os.environ
@@ -67,6 +68,10 @@ for text in sys.argv[3:]:
         phases = [status.phase for status in deployment.statuses()]
         subprocess.run([command, "control", "default", "resume"], check=True, stdout=subprocess.DEVNULL)
         assert environment() == before
+        started = psutil.Process().children(recursive=True)
+        assert len(started) > 5
+        lowered = [process.name() for process in started if process.nice() > psutil.Process().nice()]
+        assert not lowered, f"{lowered} run behind everything else"
         other = subprocess.Popen(["sleep", "100"])
         found = []
         for number in range(3):
