@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from engines import EDGES, SMOLLM2, Answer, Site, answer, greedy, hand_over, prompt, wait_until_idle
+from engines import SMOLLM2, Answer, Site, answer, greedy, hand_over, prompt, wait_until_idle
 from tokenizers import Tokenizer
 
 from backends.engine import EngineError, KVHandoff, Role
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarni
 
 ANSWER_TOKENS = 12
 CONCURRENCY = 6
-LENGTHS = [length for length in EDGES if length < 600]
+LENGTHS = (1, 2, 31, 32, 33, 64, 65, 127, 128, 129, 257)
 """Around multiples of the block size. tests/e2e/test_local.py has fifty, to 1,500 tokens, over the whole stack."""
 
 
@@ -54,7 +54,7 @@ async def test_handed_over_prompts_are_answered_as_by_an_independent_engine(vllm
         length for length, (whole, split) in zip(LENGTHS, results, strict=True) if whole.tokens != split.tokens
     ]
     assert different == [], "prompt lengths whose answers differ"
-    assert len({token for whole, _ in results for token in whole.tokens}) > 60, "degenerate answers hide errors"
+    assert len({token for whole, _ in results for token in whole.tokens}) > 30, "degenerate answers hide errors"
     await wait_until_idle(vllm_site.prefill)
     await wait_until_idle(decode)
     computed = decode.counters.computed_tokens - before.computed_tokens

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import sys
 import time
+from asyncio.subprocess import DEVNULL, PIPE
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,6 +22,21 @@ from backends.vllm import VLLMEngine
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.filterwarnings("default")]
 
 MIB = 1024 * 1024
+
+START_AND_WAIT = """
+import asyncio, sys
+sys.path.insert(0, {support!r})
+from engines import TINY_DEEPSEEK, spec
+from backends.vllm import VLLMEngine
+
+async def main():
+    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, attn_dp=2, moe_ep=2, cores=(0, 1)))
+    await engine.start()
+    print("pids", *(process.pid for process in engine.processes()), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
 
 
 def children() -> set[psutil.Process]:
@@ -141,6 +159,24 @@ async def test_a_start_that_is_given_up_leaves_nothing(idle: Idle) -> None:
         await start
     assert children() <= before
     await engine.stop()
+
+
+async def test_nothing_outlives_a_killed_process(idle: Idle) -> None:
+    """SIGKILL for the process that started a two-rank engine: both ranks and their coordinator end at once."""
+    script = START_AND_WAIT.format(support=str(Path(__file__).parents[1] / "support"))
+    starter = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=PIPE, stderr=DEVNULL)
+    try:
+        assert starter.stdout is not None
+        line = b""
+        while not line.startswith(b"pids"):
+            line = await starter.stdout.readline()
+            assert line, "it ended by itself"
+        processes = [psutil.Process(int(pid)) for pid in line.split()[1:]]
+        assert len(processes) == 3
+    finally:
+        starter.kill()
+        await starter.wait()
+    assert psutil.wait_procs(processes, timeout=10.0)[1] == []
 
 
 async def test_idle_engines_that_have_handed_over_take_next_to_no_cpu(idle: Idle) -> None:

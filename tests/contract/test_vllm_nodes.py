@@ -219,11 +219,11 @@ def children() -> set[psutil.Process]:
 
 
 async def wait_until_they_wait(before: set[psutil.Process], titles: set[str]) -> None:
-    """Until the processes with these titles are there, and have used no more than a moment's CPU in two seconds."""
+    """Until the processes with these titles are there, and have used no more than a moment's CPU in a second."""
     used_s = -1.0
     while True:
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(1.0)
         found = {child.name().removeprefix("VLLM::"): sum(child.cpu_times()[:2]) for child in children() - before}
-        if titles <= found.keys() and sum(found.values()) - used_s < 0.2:
+        if titles <= found.keys() and sum(found.values()) - used_s < 0.1:
             return
         used_s = sum(found.values())

@@ -1,54 +1,16 @@
-"""vLLM's processes: they end with the one that started them, and no launch touches another's."""
+"""No launch of an engine's processes touches another's."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import signal
-import subprocess
-import sys
 import threading
 import time
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
-import psutil
 import pytest
-from engines import TINY_DEEPSEEK
 
 from backends.processes import Launcher
-from dynamo_ray import models
-
-START_AND_WAIT = """
-import asyncio, signal, sys
-sys.path.insert(0, {support!r})
-from engines import TINY_DEEPSEEK, spec
-from backends.vllm import VLLMEngine
-
-async def main():
-    engine = VLLMEngine(spec("vllm", model=TINY_DEEPSEEK, attn_dp=2, moe_ep=2, cores=(0, 1)))
-    await engine.start()
-    print("pids", *(process.pid for process in engine.processes()), flush=True)
-    await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
-
-
-def test_nothing_outlives_a_killed_process() -> None:
-    """SIGKILL for the process that started a two-rank engine: both ranks and their coordinator end at once."""
-    models.prepare(TINY_DEEPSEEK)
-    support = str(Path(__file__).parents[1] / "support")
-    command = [sys.executable, "-c", START_AND_WAIT.format(support=support)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL) as starter:
-        try:
-            assert starter.stdout is not None
-            words = next(line for line in starter.stdout if line.startswith("pids")).split()[1:]
-            processes = [psutil.Process(int(pid)) for pid in words]
-            assert len(processes) == 3
-        finally:
-            starter.send_signal(signal.SIGKILL)
-    assert psutil.wait_procs(processes, timeout=10.0)[1] == []
 
 
 async def test_a_launch_given_up_while_it_waits_for_another_leaves_that_one_alone() -> None:
