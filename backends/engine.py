@@ -122,6 +122,8 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
     """On a decode leg's first chunk: prompt tokens whose KV came from the prefill side."""
     handoff: KVHandoff | None = None
     """On the last chunk of a `sequential` prefill leg."""
+    engine_s: float | None = None
+    """On the first chunk, by whoever serves the engine: seconds from the leg's arrival to this chunk."""
 
 
 class RankLoad(msgspec.Struct, frozen=True, array_like=True):

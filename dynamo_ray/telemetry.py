@@ -14,6 +14,7 @@ from backends.engine import TokenChunk
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_OUTSIDE_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 _ITL_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 _E2E_BUCKETS_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
@@ -35,6 +36,12 @@ class Telemetry:
         self.in_flight = Gauge("dynamo_ray_requests_in_flight", "Requests being answered", registry=registry)
         self.ttft_s = Histogram(
             "dynamo_ray_ttft_seconds", "Arrival to first token", buckets=_TTFT_BUCKETS_S, registry=registry
+        )
+        self.outside_s = Histogram(
+            "dynamo_ray_ttft_outside_engines_seconds",
+            "Of the time to the first token, what it was not in an engine for: intake, queue, choice, wire, retries",
+            buckets=_OUTSIDE_BUCKETS_S,
+            registry=registry,
         )
         self.itl_s = Histogram(
             "dynamo_ray_itl_seconds",
@@ -79,7 +86,10 @@ class GenerationProgress:
         if self._first_s:
             return False
         self._first_s = self._last_s
-        self._telemetry.ttft_s.observe(self._first_s - self._arrived_s)
+        ttft_s = self._first_s - self._arrived_s
+        self._telemetry.ttft_s.observe(ttft_s)
+        if chunk.engine_s is not None:
+            self._telemetry.outside_s.observe(max(0.0, ttft_s - chunk.engine_s))
         self._telemetry.cached_tokens.inc(chunk.cached_tokens or 0)
         self._telemetry.transferred_tokens.inc(chunk.transferred_tokens or 0)
         return True

@@ -238,7 +238,7 @@ class _Peer(asyncio.Protocol):
             self._fail(request_id, f"request {request_id} is already running here", retryable=False)
         else:
             server.entered()
-            task = asyncio.create_task(self._run(request), name=f"request-{request_id}")
+            task = asyncio.create_task(self._run(request, self._loop.time()), name=f"request-{request_id}")
             self.requests[request_id] = task
             task.add_done_callback(lambda _: self._ended(request_id))
 
@@ -246,7 +246,8 @@ class _Peer(asyncio.Protocol):
         del self.requests[request_id]
         self._server.left()
 
-    async def _run(self, request: GenerateRequest) -> None:
+    async def _run(self, request: GenerateRequest, arrived_s: float) -> None:
+        is_first = True
         try:
             chunks: AsyncGenerator[TokenChunk] = self._server.engine.generate(request)
             async with aclosing(chunks):
@@ -254,6 +255,9 @@ class _Peer(asyncio.Protocol):
                     if chunk.finish_reason == "abort" and self._server.paused is not None:
                         # The command ended it, not its client, who gets the answer from another worker.
                         raise EngineError(f"it ended unfinished: the worker {self._server.paused}")
+                    if is_first:
+                        is_first = False
+                        chunk = msgspec.structs.replace(chunk, engine_s=self._loop.time() - arrived_s)
                     self._push(chunk)
         except EngineError as error:
             self._fail(request.request_id, error.message, retryable=error.retryable, field=error.field)

@@ -143,6 +143,7 @@ def _merge(chunks: list[TokenChunk]) -> TokenChunk:
         first.cached_tokens,
         first.transferred_tokens,
         last.handoff,
+        first.engine_s,
     )
 
 

@@ -40,7 +40,8 @@ async def serve(request: Generation, router: Router, timeout_s: float, max_retri
                 async for chunk in chunks:
                     if transfer is not None and chunk.cached_tokens is not None:
                         # What prefill did not compute is what the client was spared.
-                        chunk = msgspec.structs.replace(chunk, cached_tokens=transfer.cached_tokens)
+                        engine_s = transfer.engine_s + (chunk.engine_s or 0.0)
+                        chunk = msgspec.structs.replace(chunk, cached_tokens=transfer.cached_tokens, engine_s=engine_s)
                     fresh = attempt.deliver(chunk)
                     if fresh is not None:
                         yield fresh

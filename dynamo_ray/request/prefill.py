@@ -45,7 +45,7 @@ async def _finish_before_decode(target: Target, attempt: Attempt) -> Transfer:
         # It may just have finished: then there is no leg any more to abort, but KV that nobody will fetch.
         target.connection.release(leg.request.request_id)
         raise
-    return Transfer(chunk.handoff, target.connection, leg, chunk.cached_tokens or 0)
+    return Transfer(chunk.handoff, target.connection, leg, chunk.cached_tokens or 0, chunk.engine_s or 0.0)
 
 
 def _start_beside_decode(target: Target, attempt: Attempt) -> Transfer:

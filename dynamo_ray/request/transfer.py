@@ -24,6 +24,8 @@ class Transfer:
     leg: TokenStream
     """Open until `settle`: it may still be running beside decode (concurrent style), and its worker may die."""
     cached_tokens: int = 0
+    engine_s: float = 0.0
+    """What prefill took before decode could start."""
     has_landed: bool = False
 
     def landed(self) -> None:

@@ -114,6 +114,13 @@ class Stack:
         answer: dict[str, Any] = json.loads(text)
         return answer
 
+    def outside_engines(self) -> tuple[float, float]:
+        """Of one ingress: seconds to first tokens that their requests were not in an engine for, and how many."""
+        _, text = http("GET", f"{self.url}/metrics")
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        took_s, count = (float(values[f"dynamo_ray_ttft_outside_engines_seconds_{part}"]) for part in ("sum", "count"))
+        return took_s, count
+
     def metric(self, name: str, **labels: str) -> float:
         _, text = http("GET", f"{self.url}/metrics")
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
@@ -398,6 +405,11 @@ def cost(report: Report) -> None:
                     for name, peer in peers.items():
                         found[name].append(asyncio.run(_load(peer, streams, rounds, seed=1 + turn + 10 * rounds)))
                 _cost_rows(report, streams, rounds, found)
+        took_s, count = ours.outside_engines()
+        report.row(
+            "cost of the stack", f"TTFT outside the engine, mean of {count:.0f} at one of {INGRESSES} ingresses",
+            f"{1000 * took_s / count:.1f} ms",
+        )  # fmt: skip
         _leave(report, ours, "cost of the stack")
 
 

@@ -594,6 +594,9 @@ async def test_metrics_count_requests_tokens_and_latencies(folder: Path, service
     assert values["dynamo_ray_cached_tokens_total"] == "4.0"
     assert values["dynamo_ray_ttft_seconds_count"] == "2.0"
     assert values["dynamo_ray_itl_seconds_count"] == "2.0"
+    assert values["dynamo_ray_ttft_outside_engines_seconds_count"] == "0.0", (
+        "a service of one's own tells nothing of it"
+    )
     assert values["dynamo_ray_request_seconds_count"] == "2.0"
 
 

@@ -69,6 +69,24 @@ def test_the_first_chunk_says_what_was_cached_and_what_was_transferred(style: st
     clock.run(main())
 
 
+def test_the_first_chunk_says_how_long_the_engines_had_the_request(style: str) -> None:
+    async def main() -> None:
+        async with cluster(handoff=style) as made:
+            began_s = asyncio.get_running_loop().time()
+            async with aclosing(made.dispatch.generate(generation())) as chunks:
+                first = await anext(aiter(chunks))
+                first_s = asyncio.get_running_loop().time()
+                second = await anext(aiter(chunks))
+                assert second.engine_s is None
+            took_s = asyncio.get_running_loop().time() - began_s
+            assert first.engine_s is not None
+            assert 0.01 < first.engine_s < took_s, "what is simulated takes some time, and the second token more"
+            assert first.engine_s == pytest.approx(first_s - began_s)
+            await made.settle()
+
+    clock.run(main())
+
+
 def test_a_client_that_leaves_frees_both_sides(style: str) -> None:
     async def main() -> None:
         async with cluster(handoff=style, transfer_tokens_per_s=200.0) as made:
