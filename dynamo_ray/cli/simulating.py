@@ -143,7 +143,7 @@ def show(made: Iterator[Report], in_json: bool) -> None:
 
 
 def _table(found: Sequence[Report]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("policy", overflow="fold")
     for column in ("hits", "of 1 cache", "TTFT p50", "p90", "p99 s", "ITL p90 ms", "goodput", "load"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -62,7 +62,7 @@ def simulate(
         ConfigError: The trace or an argument is wrong; names it.
     """
     requests = read_trace(Path(trace)) if isinstance(trace, str | Path) else tuple(trace)
-    problems = [*_problems(config, requests, policy, rate, models)]
+    problems = [*_problems(config, requests, policy, rate, models, slo)]
     if problems:
         raise ConfigError(tuple(problems))
     if policy is not None:
@@ -83,6 +83,7 @@ def _problems(
     policy: str | None,
     rate: float,
     models: Mapping[Role, RankModel] | None,
+    slo: Slo | None,
 ) -> Iterator[Problem]:
     if not isinstance(config, DeploymentConfig):
         yield Problem("config", f"is a {type(config).__name__}; give what `load_config` returns")
@@ -93,6 +94,8 @@ def _problems(
         yield Problem("rate", f"{rate!r} is not above 0")
     if models is not None and (not isinstance(models, Mapping) or config.roles.keys() - models.keys()):
         yield Problem("models", f"give a RankModel for each of {', '.join(config.roles)}")
+    if slo is not None and not isinstance(slo, Slo):
+        yield Problem("slo", f"is a {type(slo).__name__}; give Slo(ttft_s, itl_s)")
     if not trace:
         yield Problem("trace", "holds no requests")
     for number, request in enumerate(trace):

@@ -180,6 +180,7 @@ def test_a_trace_that_cannot_be_read_is_named_as_the_caller_named_it(tmp_path: P
         ({"rate": 0}, "rate: 0 is not above 0"),
         ({"rate": float("nan")}, "rate: nan is not above 0"),
         ({"rate": "2"}, "rate: '2' is not above 0"),
+        ({"slo": (2.0, 0.1)}, "slo: is a tuple; give Slo(ttft_s, itl_s)"),
         ({"models": LARGE}, "models: give a RankModel for each of aggregated"),
         ({"models": {Role.DECODE: LARGE}}, "models: give a RankModel for each of aggregated"),
     ],
