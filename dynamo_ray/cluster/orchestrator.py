@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from ray import serve
@@ -41,9 +41,11 @@ from dynamo_ray.cluster.replicas import Replicas
 from dynamo_ray.cluster.supervisor import Supervisor, Timings
 from dynamo_ray.config import DeploymentConfig
 from dynamo_ray.events.bookings import Peer
-from dynamo_ray.events.nats.lifecycle import LifecyclePublisher
 from dynamo_ray.events.nats.wire import Lifecycle
 from dynamo_ray.request.membership import Membership, WorkerStatus
+
+if TYPE_CHECKING:
+    from dynamo_ray.events.nats.lifecycle import LifecyclePublisher
 
 log = logging.getLogger("ray.serve")
 
@@ -102,8 +104,11 @@ class Orchestrator:
         # Greater than any version that an earlier orchestrator of this application gave out.
         self._membership = Membership(int(time.time() * 1000), secret, (), self._supervisor.statuses())
         self._replicas = Replicas(REPLICA_LEASE_S)
-        self._lifecycle = None if checked.nats_events is None else LifecyclePublisher(checked.nats_events, self._app)
-        if self._lifecycle is not None:
+        self._lifecycle: LifecyclePublisher | None = None
+        if checked.nats_events is not None:
+            from dynamo_ray.events.nats.lifecycle import LifecyclePublisher  # late: most need no nats-py
+
+            self._lifecycle = LifecyclePublisher(checked.nats_events, self._app)
             self._lifecycle.start()
             self._tell_lifecycle()
         for adopted in await self._fleet.adopt():
