@@ -40,6 +40,12 @@ def changed(tmp_path: Path, prefix: str = "/", name: str = "local-sim", **change
     return str(path)
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """One worker of each role: what is tested is the start and the end of whatever there is."""
+    return changed(tmp_path, prefill__replicas=1, decode__replicas=1)
+
+
 def test_a_shipped_configuration_is_valid_and_listed() -> None:
     """One through the command; tests/unit/test_shipped_configs.py has all of them in one process."""
     done = run("validate", "configs/deepseek-r1-wideep.yaml")
@@ -215,8 +221,8 @@ def started(*arguments: str, until: str = " s: http://") -> Iterator[subprocess.
 
 
 @pytest.mark.parametrize("step", ["starting Ray", "deploying", "starting its processes"])
-def test_ctrl_c_at_any_step_of_the_start_is_no_traceback_and_leaves_nothing(step: str) -> None:
-    with started(str(SIM), "--port", str(free_port()), until=step) as process:
+def test_ctrl_c_at_any_step_of_the_start_is_no_traceback_and_leaves_nothing(small: str, step: str) -> None:
+    with started(small, "--port", str(free_port()), until=step) as process:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -230,8 +236,8 @@ def listens(process: subprocess.Popen[str]) -> set[int]:
     return {connection.laddr.port for connection in found if connection.status == psutil.CONN_LISTEN}
 
 
-def test_two_at_once_share_no_port_and_sigterm_ends_all_of_one_in_order() -> None:
-    with started(str(SIM), "--port", str(free_port())) as other, started(str(SIM), "--port", str(free_port())) as one:
+def test_two_at_once_share_no_port_and_sigterm_ends_all_of_one_in_order(small: str) -> None:
+    with started(small, "--port", str(free_port())) as other, started(small, "--port", str(free_port())) as one:
         # Serve's proxies listen in a way that lets another's do so too; each would answer some of its requests.
         assert listens(one), "no process of it was found"
         assert not listens(one) & listens(other)
@@ -256,9 +262,9 @@ def second_ctrl_c_ends_all_of_it_at_once(process: subprocess.Popen[str]) -> None
     assert session_of(process) == [], output
 
 
-def test_what_a_killed_up_leaves_is_ended_by_the_next_command() -> None:
+def test_what_a_killed_up_leaves_is_ended_by_the_next_command(small: str) -> None:
     port = free_port()
-    with started(str(SIM), "--port", str(port), until="starting its processes") as process:
+    with started(small, "--port", str(port), until="starting its processes") as process:
         process.kill()
         process.wait()
         assert "nothing runs" in run("down", "--port", str(port)).stdout
