@@ -192,7 +192,7 @@ def ray_cluster(nodes: list[str], name: str, report: Report) -> Iterator[str]:
         finally:
             kept = report.out / "ray" / name
             shutil.copytree(folder / "ray" / "session_latest" / "logs", kept, dirs_exist_ok=True, symlinks=False)
-            processes.end(str(folder))
+            processes.end(str(folder), patience_s=0.0)  # the workers have ended; a raylet would wait for its head
 
 
 @contextmanager
