@@ -10,6 +10,9 @@ from dynamo_ray.routing.chooser import WorkerFacts
 from dynamo_ray.routing.load import LoadTable
 from dynamo_ray.routing.ranks import Holder, Ranks
 
+STALLED_S = 20.0
+"""An engine that computes or generates shows it every few steps: by the blocks it stores and those it says it holds."""
+
 
 class Occupancy:
     """Arrays by column of `ranks`, beside those of `table`.
@@ -34,6 +37,10 @@ class Occupancy:
         """What each last said that it holds, -inf: nothing; inf: requests wait in it, or it has said nothing yet."""
         self._worker = np.zeros(0, dtype=np.intp)
         """The first column of each column's worker."""
+        self._moves: dict[int, tuple[int, float]] = {}
+        """By column: the table's moves when they went up last, and when that was."""
+        self.stalled = 0
+        """Ranks that go on telling their load while nothing happens to their requests: their engine hangs. A mask."""
 
     @classmethod
     def of(cls, queue: QueueConfig, max_worker_requests: int, ranks: Ranks, table: LoadTable) -> Occupancy:
@@ -52,18 +59,36 @@ class Occupancy:
         self._kv_tokens[columns] = facts.kv_total_blocks * facts.block_size if facts.role is Role.DECODE else np.inf
         self._said_kv_tokens[columns] = np.inf
         self._worker[columns] = columns[0]
+        for column in columns:
+            self._moves.pop(column, None)
+            self.stalled &= ~(1 << column)
 
-    def heard(self, holder: Holder, load: RankLoad) -> None:
-        """Take what a rank says of itself; of a rank that is not known it is dropped."""
+    def heard(self, holder: Holder, load: RankLoad, now_s: float) -> None:
+        """Take what a rank says of itself, after the load table; of a rank that is not known it is dropped."""
         column = self._ranks.column(holder)
         if column is None:
             return
+        self._look(column, now_s)
         if load.num_waiting:
             self._said_kv_tokens[column] = np.inf
         elif load.kv_used_blocks and load.kv_total_blocks:
             self._said_kv_tokens[column] = load.kv_used_blocks * (self._kv_tokens[column] / load.kv_total_blocks)
         else:
             self._said_kv_tokens[column] = -np.inf
+
+    def _look(self, column: int, now_s: float) -> None:
+        """See whether the rank has done anything, if it had anything to do."""
+        moves, (before, since_s) = self._table.moves(column), self._moves.get(column, (-1, now_s))
+        if moves != before or not self._table.sent.item(1, column):
+            self._moves[column] = moves, now_s
+            self.stalled &= ~(1 << column)
+        elif now_s - since_s >= STALLED_S:
+            self.stalled |= 1 << column
+
+    def able(self, prefill: int | None, decode: int, busy: int) -> tuple[int | None, int]:
+        """Of each role's ranks those for which it makes sense to wait: not a stalled one, where there are others."""
+        hopeless = self.stalled & busy
+        return prefill and (prefill & ~hopeless or prefill), decode & ~hopeless or decode
 
     def busy(self, prompt_tokens: int) -> int:
         """The mask of the ranks that are, for a request of that size."""

@@ -155,7 +155,14 @@ class Router:
 
     def load(self, holder: Holder, load: RankLoad) -> None:
         self.chooser.heard(holder, load)
-        self._occupancy.heard(holder, load)
+        before = self._occupancy.stalled
+        self._occupancy.heard(holder, load, _now_s())
+        if self._occupancy.stalled & ~before:
+            log.warning(
+                "%s rank %d does nothing for its requests, though it lives; nobody waits for it who may use another",
+                holder.worker,
+                holder.dp_rank,
+            )
         self.room.wake()
 
     def retried(self, failure: LegFailed) -> None:
@@ -216,6 +223,7 @@ class Router:
                 raise
             return Busy(0, everyone=self._nobody_else(0))
         busy = kept | self._occupancy.busy(len(ask.token_ids)) if self._held else kept
+        prefill, decode = self._occupancy.able(prefill, decode, busy)
         if self.chooser.policy.waits:
             choice = wish.seek(partial(self._choose, ask), prefill, decode, busy)
             if choice is None:
@@ -288,7 +296,8 @@ class Router:
             if not self.chooser.policy.waits:
                 wish.uncached_tokens = choose(prefill, decode).uncached_tokens
             else:
-                wish.hold(choose, prefill, decode, self._occupancy.busy(len(ask.token_ids)))
+                busy = self._occupancy.busy(len(ask.token_ids))
+                wish.hold(choose, *self._occupancy.able(prefill, decode, busy), busy)
         except NotReady:
             if not self._absence.awaited(waiting=False):
                 raise

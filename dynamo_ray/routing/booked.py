@@ -118,4 +118,6 @@ class Booked:
         if coming:
             self._chooser.end(self._computing.column, coming, now_s)
         if self._prefill is not None:
+            if now_s is not None:
+                self._chooser.table.moved(self._prefill.column)
             self._chooser.table.free(self._prefill)

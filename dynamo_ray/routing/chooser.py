@@ -118,8 +118,9 @@ class Chooser:
 
     def apply(self, holder: Holder, batch: KVEventBatch) -> None:
         self.index.apply(holder, batch)
-        column = self.ranks.column(holder) if self.pending else None
-        if column is not None:
+        column = self.ranks.column(holder)
+        self.table.moved(column)
+        if column is not None and self.pending:
             self.pending.told(column, self.index.holds)
             if any(isinstance(event, AllBlocksCleared) for event in batch.events):
                 self.pending.cleared(column)

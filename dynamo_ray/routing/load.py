@@ -62,7 +62,7 @@ class Booking:
 class _Rank:
     """One rank's sums; the three numbers are those of `Booked`."""
 
-    __slots__ = ("block_size", "open", "ours", "peers", "reported", "role", "unbooked", "waiting")
+    __slots__ = ("block_size", "moves", "open", "ours", "peers", "reported", "role", "unbooked", "waiting")
 
     def __init__(self, role: Role, block_size: int) -> None:
         self.role = role
@@ -74,6 +74,7 @@ class _Rank:
         self.unbooked = [0, 0, 0]
         """What the last report had beyond what was booked at that moment."""
         self.reported: RankLoad | None = None
+        self.moves = 0
 
 
 class LoadTable:
@@ -152,6 +153,7 @@ class LoadTable:
         row = self._row(column)
         if row is None or column is None:
             return
+        row.moves += load != row.reported
         row.reported = load
         booked = [ours + peers for ours, peers in zip(row.ours, row.peers, strict=True)]
         requests = max(0, load.num_running + load.num_waiting - booked[1])
@@ -192,9 +194,23 @@ class LoadTable:
         """The leg's rank has generated so many tokens."""
         if booking.column is not None:
             self.recent_tokens[booking.column] += tokens
+            if tokens:
+                self.moved(booking.column)
+
+    def moved(self, column: int | None) -> None:
+        """The rank does something: an event of its cache has come, or a prompt is computed, or an answer ended well."""
+        row = self._row(column)
+        if row is not None:
+            row.moves += 1
+
+    def moves(self, column: int) -> int:
+        """Goes up with whatever shows that a known rank works, reports that say something new included."""
+        row = self._row(column)
+        return 0 if row is None else row.moves
 
     def prefilled(self, booking: Booking) -> None:
         """The leg's prompt is computed; its KV is still held."""
+        self.moved(booking.column)
         row = self._row(booking.column)
         if row is not None and booking.column is not None and booking.sent and booking.queued_tokens:
             self._change(booking.column, row, -booking.queued_tokens, 0, 0)

@@ -352,7 +352,7 @@ class _Replay:
     def _tell_load(self, now_s: float) -> None:
         for group in self._groups.values():
             for rank in group.ranks:
-                self._router.heard(Holder(group.worker, 1, rank.dp_rank), rank.load())
+                self._router.heard(Holder(group.worker, 1, rank.dp_rank), rank.load(), now_s)
         self._room(now_s)
         if self._heap:
             self._at(now_s + LOAD_INTERVAL_S, self._tell_load)

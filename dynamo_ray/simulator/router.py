@@ -67,9 +67,9 @@ class Router:
         self._occupancy.up(facts)
         self._masks[facts.role] |= self.chooser.mask(facts.name)
 
-    def heard(self, holder: Holder, load: RankLoad) -> None:
+    def heard(self, holder: Holder, load: RankLoad, now_s: float) -> None:
         self.chooser.heard(holder, load)
-        self._occupancy.heard(holder, load)
+        self._occupancy.heard(holder, load, now_s)
 
     def enter(self, arrival: Arrival, now_s: float) -> Placed | None:
         """Where it goes at once, booked; None: it waits, or was refused and counted."""
@@ -116,18 +116,20 @@ class Router:
             arrival.wish.uncached_tokens = self._best(arrival.ask, now_s, *self._roles).uncached_tokens
         else:
             busy = self._occupancy.busy(len(arrival.ask.token_ids))
-            arrival.wish.hold(partial(self._best, arrival.ask, now_s), *self._roles, busy)
+            able = self._occupancy.able(*self._roles, busy)
+            arrival.wish.hold(partial(self._best, arrival.ask, now_s), *able, busy)
         self.decision_cpu_s += time.thread_time() - began_s
         return Ticket(0, now_s)
 
     def _go(self, arrival: Arrival, kept: int, now_s: float) -> Placed | None:
         began_s = time.thread_time()
         busy = kept | self._occupancy.busy(len(arrival.ask.token_ids)) if self._held else 0
+        able = self._occupancy.able(*self._roles, busy)
         if self._waits:
-            choice = arrival.wish.seek(partial(self._best, arrival.ask, now_s), *self._roles, busy)
+            choice = arrival.wish.seek(partial(self._best, arrival.ask, now_s), *able, busy)
         else:
             is_short = partial(self._is_short, arrival.ask, now_s)
-            found = self._selection.free(arrival.ask, *self._roles, busy, is_short, now_s)
+            found = self._selection.free(arrival.ask, *able, busy, is_short, now_s)
             choice = None if isinstance(found, int) else found
             arrival.wish.stuck = found if isinstance(found, int) else 0
         placed = None if choice is None else Placed(arrival, choice, self.chooser.book(choice, now_s))

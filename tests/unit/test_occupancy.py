@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from backends.engine import RankLoad, Role
-from dynamo_ray.request.occupancy import Occupancy
+from dynamo_ray.request.occupancy import STALLED_S, Occupancy
 from dynamo_ray.routing.chooser import WorkerFacts
 from dynamo_ray.routing.load import LoadTable
 from dynamo_ray.routing.ranks import Holder, Ranks
@@ -35,12 +37,15 @@ class Known:
         for _ in range(count):
             self.table.book(Holder(worker, 1, rank), queued_tokens, kv_tokens)
 
-    def heard(self, worker: str, rank: int, load: RankLoad) -> None:
+    def heard(self, worker: str, rank: int, load: RankLoad, now_s: float = 0.0) -> None:
         self.table.report(Holder(worker, 1, rank), load)
-        self.occupancy.heard(Holder(worker, 1, rank), load)
+        self.occupancy.heard(Holder(worker, 1, rank), load, now_s)
+
+    def mask(self, prompt_tokens: int = 1) -> int:
+        return self.occupancy.busy(prompt_tokens)
 
     def busy(self, prompt_tokens: int = 1) -> set[int]:
-        mask = self.occupancy.busy(prompt_tokens)
+        mask = self.mask(prompt_tokens)
         return {column for column in range(mask.bit_length()) if mask >> column & 1}
 
 
@@ -103,3 +108,70 @@ def test_a_rank_without_requests_is_never_busy_and_a_worker_s_columns_may_be_ano
     known.book("99", 0, 4)
     column = known.ranks.column(Holder("99", 1, 0))
     assert known.busy() == {0, column}
+
+
+SAME = RankLoad(0, 1, 1, 7, BLOCKS)
+
+
+def hung(known: Known) -> None:
+    """Rank a/0 has four requests, and says the same for as long as it may."""
+    known.book("a", 0, 4)
+    for now_s in (0.0, 1.0, STALLED_S):
+        known.heard("a", 0, SAME, now_s)
+
+
+def test_for_a_busy_rank_that_does_nothing_nobody_waits_who_may_use_another() -> None:
+    known = Known()
+    known.book("a", 0, 4)
+    known.heard("a", 0, SAME, 0.0)
+    known.heard("a", 0, SAME, STALLED_S - 0.1)
+    assert known.occupancy.able(0b11, 0b1111, known.mask()) == (0b11, 0b1111)
+    known.heard("a", 0, SAME, STALLED_S)
+    assert known.occupancy.able(0b11, 0b1111, known.mask()) == (0b10, 0b1110)
+    assert known.occupancy.able(None, 0b1, known.mask()) == (None, 0b1), "there is no other"
+    assert known.occupancy.able(0, 0b1111, 0) == (0, 0b1111), "it is not busy"
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda known: known.table.moved(0),
+        lambda known: known.table.prefilled(known.table.book(Holder("a", 1, 0), 10, 10)),
+        lambda known: known.table.generated(known.table.book(Holder("a", 1, 0), 10, 10), 5),
+        lambda known: known.table.report(Holder("a", 1, 0), RankLoad(0, 2, 0, 7, BLOCKS)),
+    ],
+    ids=["event", "first token", "end", "report"],
+)
+def test_whatever_a_rank_does_shows_that_it_works(happens: Callable[[Known], None]) -> None:
+    known = Known()
+    hung(known)
+    assert known.occupancy.stalled == 0b1
+    happens(known)
+    known.heard("a", 0, SAME, STALLED_S + 1.0)
+    assert known.occupancy.stalled == 0
+    known.heard("a", 0, SAME, 2 * STALLED_S + 0.5)
+    assert known.occupancy.stalled == 0, "it has as long again"
+
+
+def test_a_request_that_fails_or_leaves_shows_nothing_and_a_rank_without_any_has_nothing_to_do() -> None:
+    known, silent = Known(), RankLoad(0, 0, 0, 0, BLOCKS)
+    bookings = [known.table.book(Holder("a", 1, 0), 10, 10) for _ in range(2)]
+    known.heard("a", 0, silent, 0.0)
+    known.table.generated(bookings[0], 0)
+    known.table.free(bookings[0])
+    known.heard("a", 0, silent, STALLED_S)
+    assert known.occupancy.stalled == 0b1
+    known.table.free(bookings[1])
+    known.heard("a", 0, silent, STALLED_S + 1.0)
+    assert known.occupancy.stalled == 0
+    known.heard("a", 0, silent, 100.0)
+    known.book("a", 0, 4)
+    known.heard("a", 0, silent, 101.0)
+    assert known.occupancy.stalled == 0, "its time begins when it was last seen idle"
+
+
+def test_a_worker_that_comes_again_does_not_inherit_that_the_one_before_it_hung() -> None:
+    known = Known()
+    hung(known)
+    known.up("a")
+    assert known.occupancy.stalled == 0

@@ -17,6 +17,7 @@ from backends.engine import Pause, Resume, Role, Sampling
 from backends.kv_events import KVEventBatch
 from dynamo_ray.errors import DeadlineExceeded, NotReady, Overloaded, RequestError
 from dynamo_ray.request.generation import Generation
+from dynamo_ray.request.occupancy import STALLED_S
 from dynamo_ray.request.tally import Tally
 from dynamo_ray.routing.explanation import Route
 from dynamo_ray.routing.ranks import Holder
@@ -525,3 +526,27 @@ def test_requests_of_one_session_go_to_one_worker() -> None:
             assert len(set.union(*went.values())) > 1
 
     clock.run(main())
+
+
+def test_who_waits_for_a_rank_whose_engine_hangs_goes_elsewhere_and_who_waits_for_a_slow_one_stays() -> None:
+    async def main(hangs: bool) -> list[str]:
+        slow = {"step_s": 1.5, "block_size": 4}
+        async with cluster(prefill=0, decode=2, policy="session", router=held(), **slow) as made:
+            first, went = send(made, replace(asked("first"), session="s")), []
+            await asyncio.sleep(2.0)
+            busy = next(name for name, node in made.nodes.items() if node.server.num_requests)
+            if hangs:
+                await made.nodes[busy].engine.control(Pause())  # its worker knows nothing of that
+            waiting = replace(asked("waiting"), session="s", told=lambda route: went.append(route.decode.worker))
+            second = send(made, waiting)
+            await asyncio.sleep(STALLED_S - 1.0)
+            assert went == []
+            assert len(await second) == 20
+            assert first.done() is not hangs
+            await made.nodes[busy].engine.control(Resume())
+            await first
+            await made.settle()
+            return [name == busy for name in went]
+
+    assert clock.run(main(hangs=True)) == [False]
+    assert clock.run(main(hangs=False)) == [True]

@@ -101,3 +101,10 @@ def test_one_that_may_not_go_yet_waits_for_what_is_busy_of_its_ranks() -> None:
     other.hold(known.choose, None, A | B | C, busy=B)
     assert other.stuck == A, "somebody before it is to have it"
     assert known.load("a")[1] == 2
+
+
+def test_an_event_of_its_cache_shows_that_a_rank_works() -> None:
+    known = Known()
+    before = known.chooser.table.moves(0)
+    known.holds("a")
+    assert known.chooser.table.moves(0) == before + 1
