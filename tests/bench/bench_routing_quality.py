@@ -19,10 +19,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from heapq import heapreplace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +137,38 @@ def misses(ours: Report, others: Iterable[Report]) -> list[str]:
     return found
 
 
-def evened_load(trace: Sequence[TraceRequest], workers: int) -> float:
-    """Max/mean load where each prompt, less what a boundless cache has of it, goes to whoever was given least so far.
+@dataclass(frozen=True, slots=True)
+class Evened:
+    """Max/mean load where nothing but evening out counts: a prompt's work is what a boundless cache has not of it."""
 
-    What evening out alone comes to, by whoever does not know the requests to come.
-    """
+    planned: float
+    """All is known beforehand; the most work first, each to whoever was given least."""
+    as_they_come: float
+    """Each to whoever was given least so far."""
+    level: float
+    """At least, where whatever comes finds all ranks level."""
+
+    @classmethod
+    def of(cls, trace: Sequence[TraceRequest], workers: int) -> Evened:
+        work, share = list(_work(trace)), sum(_work(trace)) / workers
+        before = accumulate(work, initial=0)
+        level = max(came / workers + tokens for came, tokens in zip(before, work, strict=False)) / share
+        return cls(_most(sorted(work, reverse=True), workers) / share, _most(work, workers) / share, level)
+
+
+def _work(trace: Sequence[TraceRequest]) -> Iterator[int]:
     seen: set[int] = set()
-    given = [0] * workers
     for request in trace:
         cached = next((n for n, block in enumerate(request.block_ids) if block not in seen), len(request.block_ids))
         seen.update(request.block_ids)
-        given[given.index(min(given))] += max(0, request.prompt_tokens - cached * 512) + request.answer_tokens
-    return max(given) * workers / sum(given)
+        yield max(0, request.prompt_tokens - cached * 512) + request.answer_tokens
+
+
+def _most(work: Iterable[int], workers: int) -> int:
+    given = [0] * workers
+    for tokens in work:
+        heapreplace(given, given[0] + tokens)
+    return max(given)
 
 
 def table(point: Point, reports: Sequence[Report]) -> str:
@@ -244,8 +266,11 @@ def main() -> int:
                     print(f"  {'MISS' if point in JUDGED else 'not judged, but'}: {miss}", flush=True)
     print(summary(found))
     for workers in sorted({point.workers for point in JUDGED}):
-        evened = evened_load(trace_of("mooncake"), workers)
-        print(f"{workers} ranks, each prompt to the one given least, whatever is cached where: load {evened:.2f}")
+        evened = Evened.of(trace_of("mooncake"), workers)
+        print(
+            f"{workers} ranks, whatever is cached where: load {evened.planned:.2f} planned beforehand; "
+            f"{evened.as_they_come:.2f} each prompt to the one given least; {evened.level:.2f} if kept level"
+        )
     judged = sum(point in JUDGED for point in points)
     print(f"{judged - missed} of {judged} judged points keep every number")
     if given.json is not None:
