@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from deployments import ROOT, Deployment, up
+from deployments import ROOT, Deployment, up, wait_until
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def test_a_recipe_rolls_out_on_fake_nodes_and_serves(rollout: Rollout, tmp_path:
         assert figures["ok"] == 256
         assert figures["answer_tokens"] == 256 * 8
         assert (figures["cached_tokens"] > 0.2 * figures["prompt_tokens"]) is rollout.caches, "a shared beginning"
-        assert ranks(deployment) == rollout.ranks
+        # One that is connected to in this very moment has told nothing yet.
+        wait_until(lambda: ranks(deployment) == rollout.ranks, 30, f"{rollout.ranks} ranks tell their load")
     assert f"fake node {rollout.nodes} of {rollout.nodes}" in log.read_text()
 
 
