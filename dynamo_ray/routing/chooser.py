@@ -243,7 +243,9 @@ class Chooser:
 
     def _leg(self, role: Role, ask: Ask, mask: int, found: tuple[Overlap, Runs]) -> Leg:
         pool = self._pool(mask)
-        load = self.table.values.take(pool.columns, axis=1)
+        everything, there = self.table.values, self.table.sent
+        load = everything.take(pool.columns, axis=1)
+        sent = load if there is everything else there.take(pool.columns, axis=1)
         recent = self.table.recent_tokens.take(pool.columns)
         held, coming_runs = found
         device = pool.depths(held.device)
@@ -252,7 +254,7 @@ class Chooser:
         coming = np.maximum(device, pool.depths(coming_runs)) if coming_runs else device
         size, turn = self._block_size(pool), self._turns[role]
         return Leg(
-            role, ask, size, turn, pool, len(ask.token_ids), load, recent, device, host, disk, coming, self.speeds
+            role, ask, size, turn, pool, len(ask.token_ids), load, sent, recent, device, host, disk, coming, self.speeds
         )
 
     def _overlap(self, ask: Ask, pool: Pool, mask: int, now_s: float) -> tuple[Overlap, Runs]:

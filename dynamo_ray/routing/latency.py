@@ -90,7 +90,7 @@ def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
             late_s = np.maximum(wait_s + compute_s - (slo.ttft_s - line.overhead_s), 0.0)
             found["late_s"] = LATE_WEIGHT * late_s
     if leg.role is not Role.PREFILL:
-        step_s = slow * (leg.speeds.step[leg.role].s_per_token * step_tokens(leg))
+        step_s = slow * (leg.speeds.step[leg.role].s_per_token * step_tokens(leg, leg.load))
         found["decode_s"] = num_answer_tokens(leg) * step_s
         if slo.itl_s is not None:
             late_s = np.maximum(step_s - (slo.itl_s - leg.speeds.step[leg.role].overhead_s), 0.0)
@@ -131,9 +131,9 @@ def tokens_ahead(leg: Leg, own: Floats) -> Floats:
     return np.minimum(np.maximum(mine, leg.pool.slowest(queued)), mine + LOCKSTEP_TOKENS) - own
 
 
-def step_tokens(leg: Leg) -> Floats:
-    """What each candidate's step would have to read, in tokens of KV, with this request in."""
-    own = leg.kv_tokens + REQUEST_TOKENS * leg.num_requests + (leg.prompt_tokens + REQUEST_TOKENS)
+def step_tokens(leg: Leg, load: Floats) -> Floats:
+    """What each candidate's step would have to read, in tokens of KV, with this request in beside that load."""
+    own: Floats = load[2] + REQUEST_TOKENS * load[1] + (leg.prompt_tokens + REQUEST_TOKENS)
     if not leg.pool.lockstep:
         return own
     return np.maximum(own, leg.pool.slowest(own - (leg.prompt_tokens + REQUEST_TOKENS))) + OWN_SHARE * own
@@ -189,18 +189,21 @@ class Prediction(NamedTuple):
 
 
 def predict(prefill: tuple[Leg, int] | None, decode: tuple[Leg, int]) -> Prediction:
-    """Of each leg and the place chosen in it, whatever policy chose."""
+    """Of each leg and the place chosen in it, whatever policy chose, for one that goes now.
+
+    What waits in this ingress comes behind it. Counted in, it would teach that a token costs next to nothing.
+    """
     leg, place = decode
     computing, at = prefill or decode
-    speeds, own, queued = leg.speeds, _uncached(computing, at), computing.load.item(0, at)
+    speeds, own, queued = leg.speeds, _uncached(computing, at), computing.sent.item(0, at)
     tokens = queued + own
     if computing.pool.lockstep:
-        slowest = computing.pool.slowest(computing.queued_tokens).item(at)
+        slowest = computing.pool.slowest(computing.sent[0]).item(at)
         tokens = min(max(tokens, slowest), tokens + LOCKSTEP_TOKENS)
     arriving = leg.prompt_tokens + REQUEST_TOKENS
-    load = leg.load.item(2, place) + REQUEST_TOKENS * leg.load.item(1, place) + arriving
+    load = leg.sent.item(2, place) + REQUEST_TOKENS * leg.sent.item(1, place) + arriving
     if leg.pool.lockstep:
-        load = step_tokens(leg).item(place)
+        load = step_tokens(leg, leg.sent).item(place)
     itl_s = speeds.step[leg.role](load) * _at(leg.slowness, place)
     ttft_s = speeds.prefill[computing.role](tokens) * _at(computing.slowness, at)
     moved = 0.0

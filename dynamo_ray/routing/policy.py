@@ -154,6 +154,8 @@ class Leg:
     prompt_tokens: int
     load: Floats
     """As `LoadTable.values`: queued_tokens, num_requests and kv_tokens are its rows."""
+    sent: Floats
+    """The same without what waits in this ingress: what is before a request that goes now."""
     recent_tokens: Floats
     """Tokens that each was lately given to compute and to generate, done or not."""
     device_blocks: Floats

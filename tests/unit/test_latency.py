@@ -132,7 +132,8 @@ def test_a_decode_step_is_as_long_as_that_of_the_fullest_rank() -> None:
     queue(chooser, "w2", 0, 500_000, dp_rank=0)
     queue(chooser, "w2", 0, 500_000, dp_rank=1)
     assert choose(chooser).decode.holder.worker == "w2"
-    steps = latency.step_tokens(choose(chooser).decode.leg)
+    leg = choose(chooser).decode.leg
+    steps = latency.step_tokens(leg, leg.load)
     assert steps[0] > steps[1] > steps[2] == steps[3]
 
 
@@ -300,6 +301,23 @@ def test_rates_are_learned_from_what_requests_took() -> None:
     assert speeds.answer_tokens == pytest.approx(50, rel=0.01)
     predicted = choose(chooser, ask([7] * 5000), now_s).predict()
     assert predicted.ttft_s == pytest.approx(0.1 + 0.037, rel=0.15)
+
+
+@pytest.mark.parametrize("attn_dp", [1, 2])
+@pytest.mark.parametrize("roles", [(Role.AGGREGATED,), (Role.PREFILL, Role.DECODE)])
+def test_what_waits_here_for_a_rank_costs_newcomers_but_is_in_no_prediction(
+    attn_dp: int, roles: tuple[Role, ...]
+) -> None:
+    chooser = workers(*roles, attn_dp=attn_dp)
+    holders = [Holder(f"w{number}", 1, rank) for number in range(len(roles)) for rank in range(attn_dp)]
+    for holder in holders:
+        chooser.table.book(holder, 3000, 5000)
+    alone = choose(chooser)
+    for holder in holders:
+        chooser.table.wait(holder, 70_000, 70_000)
+    crowded = choose(chooser)
+    assert crowded.predict() == alone.predict()
+    assert crowded.decode.cost > alone.decode.cost
 
 
 @pytest.mark.parametrize("overhead_s", [0.001, 0.5])
