@@ -156,7 +156,7 @@ class QueueConfig(_Frozen):
     busy_requests: PositiveInt | None = None
     """A rank with as many, running and waiting, is busy; so are all of a worker that has limits.max_queued_requests,
     and a decode rank whose KV blocks do not hold one more. None: only these."""
-    busy_prompt_tokens: PositiveInt | None = 65_536
+    busy_prompt_tokens: PositiveInt | None = 32_768
     """A rank that has as many uncached prompt tokens still to compute is busy. None: no bound."""
     ageing_tokens_per_s: PositiveFloat = 1000.0
     """Under `shortest`, a second of waiting counts as so many tokens fewer: nobody waits for ever."""

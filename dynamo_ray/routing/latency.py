@@ -27,10 +27,10 @@ CHURN_WEIGHT = 0.3
 """Seconds that later requests lose because computing a second's worth of tokens pushes as many out of the cache, on a
 rank that was given as much as the others lately. One that was given more has younger blocks to push out, likelier to
 be asked for again; where all take in alike, they keep together what one cache as large as all would."""
-UNEVEN_WEIGHT = 3.0
-"""Of what a rank is charged for having been given more than the mean lately: the excess, as often as it goes into the
-mean. Its square forgives what chance brings; but a prefix with which more than one rank's share of the work begins is
-computed on a second rank long before its holder does everything."""
+UNEVEN_WEIGHT = 1.5
+"""Of what a rank's own tokens count as more for its having been given more than the mean lately: the excess, as often
+as it goes into the mean. Its square forgives what chance brings; but a prefix with which more than one rank's share of
+the work begins is computed on a second rank long before its holder does everything, however much computing weighs."""
 FEW_PROMPTS = 4
 LOCKSTEP_TOKENS = 8192
 """Prompt tokens a rank computes in one step at most: for so many of the slowest rank's tokens the others wait too
@@ -55,11 +55,12 @@ def latency(leg: Leg, slo: SloConfig) -> Floats:
     else:
         per_token_s = leg.speeds.prefill[leg.role].s_per_token
         mean = _mean_recent(leg)
+        work_s = (1.0 + work_weight(leg)) * per_token_s
         costs = leg.recent_tokens * (CHURN_WEIGHT * per_token_s / mean)
-        costs += (1.0 + work_weight(leg)) * per_token_s
+        costs += work_s
         costs *= leg.prompt_tokens - leg.block_size * coming
         costs += load[0] * per_token_s
-        costs += uneven(leg, mean) * per_token_s
+        costs += uneven(leg, mean) * work_s
     if leg.role is not Role.PREFILL:
         answer_s = num_answer_tokens(leg) * leg.speeds.step[leg.role].s_per_token
         costs += load[1] * (REQUEST_TOKENS * answer_s)
@@ -82,10 +83,11 @@ def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
         wait_s = tokens_ahead(leg, own) * (line.s_per_token * slow)
         found["wait_s"] = wait_s
         found["compute_s"] = compute_s
-        found["work_s"] = work_weight(leg) * compute_s
+        work = work_weight(leg)
+        found["work_s"] = work * compute_s
         mean = _mean_recent(leg)
         found["churn_s"] = (CHURN_WEIGHT / mean) * leg.recent_tokens * compute_s
-        found["uneven_s"] = uneven(leg, mean) * (line.s_per_token * slow)
+        found["uneven_s"] = uneven(leg, mean) * ((1.0 + work) * line.s_per_token * slow)
         if slo.ttft_s is not None:
             late_s = np.maximum(wait_s + compute_s - (slo.ttft_s - line.overhead_s), 0.0)
             found["late_s"] = LATE_WEIGHT * late_s
@@ -109,7 +111,7 @@ def work_weight(leg: Leg) -> float:
 
 
 def uneven(leg: Leg, mean: float) -> Floats:
-    """Tokens that each rank is charged for having been given more than the mean lately."""
+    """Tokens that each rank's own count as more, for its having been given more than the mean lately."""
     excess: Floats = np.maximum(leg.recent_tokens - mean, 0.0)
     excess *= excess
     # While ranks have had less than a few prompts each, being one ahead says nothing.

@@ -106,6 +106,23 @@ def test_a_rank_far_ahead_of_the_others_gives_its_prefix_up_to_be_computed_elsew
     assert taken == [True, False]
 
 
+def test_being_ahead_of_the_others_weighs_as_much_as_computing_does() -> None:
+    per_token = []
+    for queued in (0, 4000):
+        chooser = aggregated(2)
+        chooser.table.free(chooser.table.book(Holder("w1", 1, 0), 30_000, 0))
+        for worker in ("w0", "w1"):
+            queue(chooser, worker, queued)
+        leg = choose(chooser).decode.leg
+        terms = latency.terms(leg, SloConfig())
+        per_token.append(terms["uneven_s"][1] / (terms["compute_s"][1] + terms["work_s"][1]))
+        assert terms["uneven_s"].tolist()[0] == 0
+        assert latency.latency(leg, SloConfig()) == pytest.approx(sum(terms.values()))
+    assert per_token[0] > 0
+    # Those that are queued are among what was given lately, the same for both.
+    assert per_token[1] == pytest.approx(per_token[0] * (15_000 / 19_000), rel=0.01)
+
+
 def test_a_ttft_to_keep_makes_a_long_queue_dearer_than_its_prefix_is_worth() -> None:
     for slo, worker in ((None, "w1"), (0.02 + 0.8 * len(PROMPT) / RATE, "w0")):
         chooser = aggregated(2, slo={"ttft_s": slo})
