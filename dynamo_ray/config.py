@@ -281,11 +281,16 @@ class NatsConfig(_Frozen):
         return self
 
 
+QUEUED_REQUESTS_PER_RANK = 256
+"""A batch of decode and those that come next, where nothing says how many an engine runs at once."""
+
+
 class LimitsConfig(_Frozen):
     """Bounds, each of which answers instead of queueing without end."""
 
-    max_queued_requests: PositiveInt = 256
-    """Per worker, running and waiting, or per node of one whose nodes take requests; one more is refused with 429."""
+    max_queued_requests: PositiveInt | None = None
+    """Per worker, running and waiting, or per node of one whose nodes take requests; one more is refused with 429.
+    None: 256 for each of its DP ranks."""
     max_body_bytes: PositiveInt = 8 * 1024 * 1024
     request_timeout_s: PositiveFloat = 600.0
     heartbeat_timeout_s: PositiveFloat = 5.0
@@ -295,6 +300,10 @@ class LimitsConfig(_Frozen):
     start_timeout_s: PositiveFloat = 1800.0
     """A worker that is not ready after this is ended and started again; it loads its model within it."""
     drain_timeout_s: NonNegativeFloat = 30.0
+
+    def queued_requests(self, num_ranks: int) -> int:
+        """`max_queued_requests` of a worker, or a node, with so many DP ranks."""
+        return self.max_queued_requests or QUEUED_REQUESTS_PER_RANK * num_ranks
 
 
 class DeploymentConfig(_Frozen):

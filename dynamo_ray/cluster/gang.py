@@ -139,7 +139,7 @@ async def _start(
     progress("loading the model")
     answers: list[WorkerInfo | None] = await _all(
         [
-            actor.start.remote(config.backend, spec, secret, config.limits.max_queued_requests, config.nats_events)
+            actor.start.remote(config.backend, spec, secret, config.limits, config.nats_events)
             for actor, spec in zip(actors, specs, strict=True)
         ]
     )

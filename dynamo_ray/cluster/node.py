@@ -22,7 +22,7 @@ from dynamo_ray.cluster.ports import PortBlock, reserve_ports
 from dynamo_ray.cluster.presence import Presence, presence
 from dynamo_ray.cluster.processes import kill_predecessors
 from dynamo_ray.cluster.worker import WorkerServer
-from dynamo_ray.config import NatsConfig
+from dynamo_ray.config import LimitsConfig, NatsConfig
 from dynamo_ray.priority import restore_priority
 from dynamo_ray.request.wire import WorkerInfo, endpoint_name
 from placement import reserve
@@ -126,7 +126,7 @@ class EngineNode:
         backend: str,
         spec: LaunchSpec,
         secret: bytes,
-        max_queued_requests: int,
+        limits: LimitsConfig,
         nats: NatsConfig | None = None,
     ) -> WorkerInfo | None:
         """Start this node's share of the engine; where it takes requests, serve it, and say where.
@@ -138,7 +138,7 @@ class EngineNode:
         """
         self._backend, self._role = backend, spec.role
         try:
-            await self._start(backend, spec, secret, max_queued_requests)
+            await self._start(backend, spec, secret, limits)
             self._publish(spec, nats)
         except (Exception, SystemExit) as error:
             log.exception("%s could not start", spec.worker)
@@ -149,7 +149,7 @@ class EngineNode:
         self._started.set()
         return self._info
 
-    async def _start(self, backend: str, spec: LaunchSpec, secret: bytes, max_queued_requests: int) -> None:
+    async def _start(self, backend: str, spec: LaunchSpec, secret: bytes, limits: LimitsConfig) -> None:
         self._engine = backends.create(backend, spec)
         engine_info = await self._engine.start()
         if engine_info is None:
@@ -160,7 +160,7 @@ class EngineNode:
             epoch=self._assignment.epoch,
             secret=secret,
             host=spec.place.address,
-            max_queued_requests=max_queued_requests,
+            max_queued_requests=limits.queued_requests(engine_info.attn_dp_size),
         )
         self._info = await self._server.start(engine_info)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from backends.engine import RankLoad, Role
-from dynamo_ray.config import QueueConfig
+from dynamo_ray.config import LimitsConfig, QueueConfig
 from dynamo_ray.routing.chooser import WorkerFacts
 from dynamo_ray.routing.load import LoadTable
 from dynamo_ray.routing.ranks import Holder, Ranks
@@ -17,7 +17,7 @@ STALLED_S = 20.0
 class Occupancy:
     """Arrays by column of `ranks`, beside those of `table`.
 
-    A rank is busy when it has `max_requests`, running and waiting, or its worker has `max_worker_requests`; when it has
+    A rank is busy when it has `max_requests`, running and waiting, or its worker what its limits allow; when it has
     `max_prompt_tokens` still to compute; or, where it only decodes, when its KV blocks do not hold one more. Bookings
     count a prefix that requests share once for each of them, so that they alone do not make a rank busy: it must have
     said that requests wait in it, or that its blocks are held. A rank without requests is never busy.
@@ -26,27 +26,29 @@ class Occupancy:
     """
 
     def __init__(
-        self, ranks: Ranks, table: LoadTable, max_requests: int, max_worker_requests: int, max_prompt_tokens: float
+        self, ranks: Ranks, table: LoadTable, limits: LimitsConfig, max_requests: float, max_prompt_tokens: float
     ) -> None:
-        self._ranks, self._table = ranks, table
-        self._max_requests, self._max_worker_requests = max_requests, max_worker_requests
-        self._max_prompt_tokens = max_prompt_tokens
+        self._ranks, self._table, self._limits = ranks, table, limits
+        self._max_requests, self._max_prompt_tokens = max_requests, max_prompt_tokens
         self._kv_tokens = np.zeros(0)
         """Infinite where no bound is kept."""
         self._said_kv_tokens = np.zeros(0)
         """What each last said that it holds, -inf: nothing; inf: requests wait in it, or it has said nothing yet."""
         self._worker = np.zeros(0, dtype=np.intp)
         """The first column of each column's worker."""
+        self._max_worker_requests = np.zeros(0)
+        """Of each column's worker."""
+        self._fewest_requests = max_requests
+        """With fewer in all, no rank is busy by their number."""
         self._moves: dict[int, tuple[int, float]] = {}
         """By column: the table's moves when they went up last, and when that was."""
         self.stalled = 0
         """Ranks that go on telling their load while nothing happens to their requests: their engine hangs. A mask."""
 
     @classmethod
-    def of(cls, queue: QueueConfig, max_worker_requests: int, ranks: Ranks, table: LoadTable) -> Occupancy:
+    def of(cls, queue: QueueConfig, limits: LimitsConfig, ranks: Ranks, table: LoadTable) -> Occupancy:
         """As the configuration has it."""
-        most = queue.busy_requests or max_worker_requests
-        return cls(ranks, table, most, max_worker_requests, queue.busy_prompt_tokens or np.inf)
+        return cls(ranks, table, limits, queue.busy_requests or np.inf, queue.busy_prompt_tokens or np.inf)
 
     def up(self, facts: WorkerFacts) -> None:
         """After the load table knows its ranks."""
@@ -55,10 +57,14 @@ class Occupancy:
         self._kv_tokens = np.append(self._kv_tokens, np.full(width - known, np.inf))
         self._said_kv_tokens = np.append(self._said_kv_tokens, np.full(width - known, np.inf))
         self._worker = np.append(self._worker, np.arange(known, width))
+        self._max_worker_requests = np.append(self._max_worker_requests, np.full(width - known, np.inf))
         columns = [column for column in map(self._ranks.column, facts.holders) if column is not None]
         self._kv_tokens[columns] = facts.kv_total_blocks * facts.block_size if facts.role is Role.DECODE else np.inf
         self._said_kv_tokens[columns] = np.inf
         self._worker[columns] = columns[0]
+        worker_requests = self._limits.queued_requests(len(columns))
+        self._max_worker_requests[columns] = worker_requests
+        self._fewest_requests = min(self._fewest_requests, worker_requests)
         for column in columns:
             self._moves.pop(column, None)
             self.stalled &= ~(1 << column)
@@ -95,7 +101,7 @@ class Occupancy:
         queued, requests, kv = self._table.sent
         room = self._kv_tokens - prompt_tokens
         busy = (queued >= self._max_prompt_tokens) | (kv > room) & (requests > 0) & (self._said_kv_tokens > room)
-        if requests.sum() >= min(self._max_requests, self._max_worker_requests):
+        if requests.sum() >= self._fewest_requests:
             by_worker = np.bincount(self._worker, requests, len(requests))[self._worker]
             busy |= (requests >= self._max_requests) | (by_worker >= self._max_worker_requests)
         return int.from_bytes(np.packbits(busy, bitorder="little").tobytes(), "little")

@@ -98,8 +98,7 @@ class Router:
         self.index, self.table = self.chooser.index, self.chooser.table
         self._eligible = Eligible(workers, self.chooser.mask)
         self._selection = Selection(self.chooser, config.router.prefill_on_decode)
-        most = config.limits.max_queued_requests
-        self._occupancy = Occupancy.of(queue, most, self.chooser.ranks, self.table)
+        self._occupancy = Occupancy.of(queue, config.limits, self.chooser.ranks, self.table)
         self.room: WaitingRoom[Placement] = WaitingRoom(queue, Placement.free, partial(self._occupancy.busy, 0))
         self.tally = Tally()
         wait_s = queue.worker_wait_s if self._held else 0.0

@@ -49,8 +49,7 @@ class Router:
         self._held = config.router.queue is not None
         queue = config.router.queue or QueueConfig()
         self._line: Line[Arrival] = Line(queue)
-        most = config.limits.max_queued_requests
-        self._occupancy = Occupancy.of(queue, most, self.chooser.ranks, self.chooser.table)
+        self._occupancy = Occupancy.of(queue, config.limits, self.chooser.ranks, self.chooser.table)
         self._masks = dict.fromkeys(Role, 0)
         self._waits = self.chooser.policy.waits
         self.num_refused = 0

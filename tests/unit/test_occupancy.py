@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 
 from backends.engine import RankLoad, Role
+from dynamo_ray.config import QUEUED_REQUESTS_PER_RANK, LimitsConfig
 from dynamo_ray.request.occupancy import STALLED_S, Occupancy
 from dynamo_ray.routing.chooser import WorkerFacts
 from dynamo_ray.routing.load import LoadTable
@@ -18,11 +20,12 @@ BLOCK, BLOCKS = 16, 10
 class Known:
     """Two workers of two ranks each; columns 0 and 1 are the first one's."""
 
-    def __init__(self, role: Role = Role.DECODE) -> None:
+    def __init__(self, role: Role = Role.DECODE, max_queued_requests: int | None = 6, max_requests: float = 4) -> None:
         self.role = role
         self.ranks = Ranks()
         self.table = LoadTable(self.ranks)
-        self.occupancy = Occupancy(self.ranks, self.table, 4, 6, 1000)
+        limits = LimitsConfig(max_queued_requests=max_queued_requests)
+        self.occupancy = Occupancy(self.ranks, self.table, limits, max_requests, 1000)
         for name in ("a", "b"):
             self.up(name)
 
@@ -55,6 +58,16 @@ def test_a_rank_is_busy_with_as_many_requests_as_it_may_have() -> None:
     assert known.busy() == set()
     known.book("a", 0, 1)
     assert known.busy() == {0}
+
+
+def test_without_a_limit_a_worker_may_have_as_many_as_its_ranks_make_up() -> None:
+    known = Known(max_queued_requests=None, max_requests=math.inf)
+    known.up("c", num_ranks=1)
+    for worker in ("a", "c"):
+        known.book(worker, 0, QUEUED_REQUESTS_PER_RANK)
+    assert known.busy() == {4}
+    known.book("a", 1, QUEUED_REQUESTS_PER_RANK)
+    assert known.busy() == {0, 1, 4}
 
 
 def test_all_ranks_of_a_full_worker_are_busy() -> None:

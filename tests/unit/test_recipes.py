@@ -65,8 +65,9 @@ def test_the_ingress_lets_an_engine_run_as_many_requests_as_it_can(recipe: Recip
         ranks, nodes = role.parallelism.attn_dp, role.nodes if config.backend == "vllm" else 1
         a_rank = at_once / ranks if config.backend == "sglang" else at_once
         assert config.router.queue is not None
-        assert (config.router.queue.busy_requests or config.limits.max_queued_requests) >= a_rank
-        assert config.limits.max_queued_requests >= a_rank * ranks / nodes
+        at_once_here = config.limits.queued_requests(ranks // nodes)
+        assert (config.router.queue.busy_requests or at_once_here) >= a_rank
+        assert at_once_here >= a_rank * ranks / nodes
 
 
 @every
