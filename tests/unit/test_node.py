@@ -27,6 +27,7 @@ from backends.failures import Failure
 from dynamo_ray.cluster import gang
 from dynamo_ray.cluster import node as nodes
 from dynamo_ray.cluster.node import Assignment, EngineNode
+from dynamo_ray.config import LimitsConfig
 from dynamo_ray.simulator import clock
 from placement.plan import Bundle
 from placement.topology import Resources
@@ -110,7 +111,7 @@ def node_of(engine: BrokenEngine, monkeypatch: pytest.MonkeyPatch) -> EngineNode
 
 
 def start(node: EngineNode) -> Awaitable[object]:
-    return node.start("sglang", SPEC, b"secret", 8)
+    return node.start("sglang", SPEC, b"secret", LimitsConfig())
 
 
 async def raised_by(call: Awaitable[object]) -> BaseException:
@@ -243,7 +244,7 @@ def test_why_an_actor_ended_is_one_line_without_ray_s_advice() -> None:
 def test_a_node_beside_the_first_serves_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         node = node_of(BrokenEngine("", RuntimeError()), monkeypatch)
-        info = await node.start("sglang", SPEC, b"secret", 8)
+        info = await node.start("sglang", SPEC, b"secret", LimitsConfig())
         assert info is not None
         assert (info.worker, info.epoch, info.engine) == ("d0.1", 1, INFO)
         assert (await node.describe()).info == info
