@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-import msgspec
-
 from backends.engine import TokenChunk
 from dynamo_ray.request.attempt import Attempt
 from dynamo_ray.request.connection import LegFailed
@@ -38,11 +36,7 @@ async def serve(request: Generation, router: Router, timeout_s: float, max_retri
                 aclosing(decode(placement, attempt, transfer)) as chunks,
             ):
                 async for chunk in chunks:
-                    if transfer is not None and chunk.cached_tokens is not None:
-                        # What prefill did not compute is what the client was spared.
-                        engine_s = transfer.engine_s + (chunk.engine_s or 0.0)
-                        chunk = msgspec.structs.replace(chunk, cached_tokens=transfer.cached_tokens, engine_s=engine_s)
-                    fresh = attempt.deliver(chunk)
+                    fresh = attempt.deliver(chunk if transfer is None else transfer.both(chunk))
                     if fresh is not None:
                         yield fresh
             return

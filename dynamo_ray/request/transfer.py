@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from backends.engine import KVHandoff
+import msgspec
+
+from backends.engine import KVHandoff, TokenChunk
 from dynamo_ray.request.connection import TokenStream, WorkerConnection
 from dynamo_ray.request.wire import WorkerInfo
 
@@ -35,6 +37,14 @@ class Transfer:
             self.leg.feeds(None)
             if self.leg.peeked is not None:
                 self.cached_tokens = self.leg.peeked.cached_tokens or 0
+
+    def both(self, chunk: TokenChunk) -> TokenChunk:
+        """A chunk of decode's as that of both legs: what prefill did not compute is what the client was spared."""
+        if chunk.cached_tokens is not None:
+            chunk = msgspec.structs.replace(chunk, cached_tokens=self.cached_tokens)
+        if chunk.engine_s is not None:
+            chunk = msgspec.structs.replace(chunk, engine_s=self.engine_s + chunk.engine_s)
+        return chunk
 
     def settle(self) -> None:
         """End the prefill side: abort it if it still runs, free what decode never fetched."""
