@@ -14,7 +14,7 @@ import msgspec
 
 from backends.engine import EngineInfo, GenerateRequest, RankLoad, Role, TokenChunk
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 MAX_HELLO_BYTES = 4096
 """What a worker reads of a peer that has not proved the secret."""
