@@ -56,6 +56,11 @@ def read_each(field: str, values: Sequence[str]) -> tuple[str, ...]:
     return tuple(read(f"{field}[{index}]", value) for index, value in enumerate(values))
 
 
+def read_first(field: str, values: Sequence[str]) -> str | None:
+    """The first of a list, wherever the others are; None: there is none. Raises as `read` does."""
+    return read(f"{field}[0]", values[0]) if values else None
+
+
 def readable(field: str, path: str) -> Path:
     """That file. Raises ConfigError where there is none to read."""
     file = Path(path).expanduser()

@@ -85,7 +85,7 @@ def target(file: Path | None, url: str | None, model: str | None, api_key: str |
     if file is not None:
         config = check_file(file).applications[0].config
         model = model or config.model.name
-        api_key = api_key or next(iter(secrets.read_each("api_keys", config.api_keys)), None)
+        api_key = api_key or secrets.read_first("api_keys", config.api_keys)
     url = _running(file) if url is None else check_url("--url", url)
     if model is None:
         model = _served(url, api_key)

@@ -89,7 +89,8 @@ def ask(url: str, body: dict[str, Any], config: DeploymentConfig) -> Explanation
     from dynamo_ray.routing.explanation import Explanation
 
     headers = {"Content-Type": "application/json"}
-    for key in secrets.read_each("api_keys", config.api_keys)[:1]:
+    key = secrets.read_first("api_keys", config.api_keys)
+    if key is not None:
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url.rstrip('/')}/v1/route", json.dumps(body).encode(), headers)
     try:

@@ -144,7 +144,8 @@ def first_token(url: str, config: DeploymentConfig) -> None:
     """
     body = {"model": config.model.name, "prompt": "Hello", "max_tokens": 1, "stream": True}
     headers = {"Content-Type": "application/json"}
-    for key in secrets.read_each("api_keys", config.api_keys)[:1]:
+    key = secrets.read_first("api_keys", config.api_keys)
+    if key is not None:
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
     try:

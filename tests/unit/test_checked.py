@@ -109,3 +109,12 @@ def test_faked_nodes_are_for_a_private_ray_and_only_they_have_a_topology() -> No
         up(ROOT / WIDEEP, topology="13x8xH100")
     with pytest.raises(ConfigError, match=r"^address: a fake cluster is a private one"):
         up(ROOT / WIDEEP, fake_nodes=True, address="127.0.0.1:6379")
+
+
+def test_one_who_needs_a_key_reads_the_first_wherever_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRST_KEY", "one")
+    monkeypatch.delenv("SECOND_KEY", raising=False)
+    assert secrets.read_first("api_keys", ("${FIRST_KEY}", "${SECOND_KEY}")) == "one"
+    assert secrets.read_first("api_keys", ()) is None
+    with pytest.raises(ConfigError, match=r"api_keys\[0\].*SECOND_KEY is not set"):
+        secrets.read_first("api_keys", ("${SECOND_KEY}",))
