@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("ray")
 from control import APP, Deployed, config, deployed, fake_cluster, kill_orchestrator, run
 from ray.cluster_utils import Cluster
 

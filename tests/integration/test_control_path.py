@@ -12,8 +12,6 @@ from typing import Any
 
 import psutil
 import pytest
-
-pytest.importorskip("ray")
 import ray
 from control import APP, config, deployed, fake_cluster, kill_orchestrator, run
 from ray import serve

@@ -12,8 +12,6 @@ from typing import Any
 
 import psutil
 import pytest
-
-pytest.importorskip("ray")
 from control import APP, TIMEOUT_S, config, deployed, fake_cluster, run
 from ray.cluster_utils import Cluster
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-
-pytest.importorskip("ray")
 from control import APP, TIMEOUT_S, Deployed, config, deployed, fake_cluster, run
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("ray")
 import msgspec
+import pytest
 import ray
 import zmq.asyncio
 from control import ENVIRONMENT
