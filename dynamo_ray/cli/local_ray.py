@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from ray._private.parameter import RayParams
 
 from dynamo_ray.cli import processes, state
 from dynamo_ray.cluster.gang import reason_of
+from dynamo_ray.cluster.ports import PortBlock, reserve_ports
 from dynamo_ray.config import HAPROXY_ENVIRONMENT
 from dynamo_ray.errors import PreflightError, Problem, StartError
 from dynamo_ray.priority import PRIORITY_ENVIRONMENT
@@ -48,10 +48,18 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def environment(folder: Path) -> dict[str, str]:
+def reserve_serve_ports() -> PortBlock:
+    """Those that `environment` needs, ours while the block lives.
+
+    None that the kernel gives to whoever asks for any: Ray has a hundred of those before HAProxy binds its own.
+    """
+    return reserve_ports("0.0.0.0", 4)
+
+
+def environment(folder: Path, serve: PortBlock) -> dict[str, str]:
     """What Ray's and Serve's processes read when they start."""
     haproxy = folder / "h"
-    metrics_port, stats_port, fallback_port, fallback_grpc_port = _free_ports(4)
+    metrics_port, stats_port, fallback_port, fallback_grpc_port = serve.ports
     values = {
         processes.VARIABLE: str(folder),
         **HAPROXY_ENVIRONMENT,
@@ -136,8 +144,9 @@ def running(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # Its warning says that a token is asked for, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    serve = reserve_serve_ports()
     try:
-        values = environment(folder)
+        values = environment(folder, serve)
         if "RAY_AUTH_TOKEN" in values:
             state.keep_ray_token(str(folder), values["RAY_AUTH_TOKEN"])
         with variables(values), bare_nodes():
@@ -205,11 +214,3 @@ def connect(**options: Any) -> None:
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,12 @@ def http(method: str, url: str, body: Any = None, timeout_s: float = 30.0) -> tu
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that the kernel gives to whoever asks for any, above those of Ray, our nodes and Serve."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = random.randrange(31_001, 32_768)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(condition: Any, timeout_s: float, what: str, every_s: float = 0.1) -> None:
