@@ -23,14 +23,18 @@ QUEUE_WEIGHT = 1.0
 """The same for each request that waits on a rank on average: under overload, what is saved is saved for all."""
 MOST_WORK_WEIGHT = 8.0
 """However many wait. More would keep a prefix that everybody wants on the one rank that has it (Dynamo #737)."""
-CHURN_WEIGHT = 0.3
-"""Seconds that later requests lose because computing a second's worth of tokens pushes as many out of the cache, on a
-rank that was given as much as the others lately. One that was given more has younger blocks to push out, likelier to
-be asked for again; where all take in alike, they keep together what one cache as large as all would."""
-UNEVEN_WEIGHT = 1.5
-"""Of what a rank's own tokens count as more for its having been given more than the mean lately: the excess, as often
-as it goes into the mean. Its square forgives what chance brings; but a prefix with which more than one rank's share of
-the work begins is computed on a second rank long before its holder does everything, however much computing weighs."""
+MOST_GIVEN = 1.1
+"""What a rank may be given lately, in what all were given on average, before its being ahead counts. Below that the
+best fit is taken: of ranks alike, whoever was given most. So some stay behind, and a prompt that is as long as all
+that a rank has to do finds one of those; were all kept level, it would make its rank the busiest by far. (That online
+scheduling does best to keep some machines behind: Bartal, Fiat, Karloff, Vohra, New algorithms for an ancient
+scheduling problem, 1995.)"""
+FIT_WEIGHT = 0.2
+"""Seconds, for each second that the prompt takes, by which a rank that was given nothing fits worse than a full one."""
+UNEVEN_WEIGHT = 2.5
+"""Of what a rank's own tokens count as more for its being ahead: the excess, as often as it goes into the mean. Its
+square forgives what chance brings; but a prefix with which more than one rank's share of the work begins is computed
+on a second rank long before its holder does everything, however much computing weighs."""
 FEW_PROMPTS = 4
 LOCKSTEP_TOKENS = 8192
 """Prompt tokens a rank computes in one step at most: for so many of the slowest rank's tokens the others wait too
@@ -54,13 +58,15 @@ def latency(leg: Leg, slo: SloConfig) -> Floats:
         costs += leg.prompt_tokens * uncached_s
     else:
         per_token_s = leg.speeds.prefill[leg.role].s_per_token
-        mean = _mean_recent(leg)
         work_s = (1.0 + work_weight(leg)) * per_token_s
-        costs = leg.recent_tokens * (CHURN_WEIGHT * per_token_s / mean)
-        costs += work_s
-        costs *= leg.prompt_tokens - leg.block_size * coming
+        own = leg.prompt_tokens - leg.block_size * coming
+        badness, ahead = fit(leg, own)
+        badness *= per_token_s
+        badness += work_s
+        costs = own * badness
         costs += load[0] * per_token_s
-        costs += uneven(leg, mean) * work_s
+        ahead *= work_s
+        costs += ahead
     if leg.role is not Role.PREFILL:
         answer_s = num_answer_tokens(leg) * leg.speeds.step[leg.role].s_per_token
         costs += load[1] * (REQUEST_TOKENS * answer_s)
@@ -85,9 +91,9 @@ def terms(leg: Leg, slo: SloConfig) -> dict[str, Floats]:
         found["compute_s"] = compute_s
         work = work_weight(leg)
         found["work_s"] = work * compute_s
-        mean = _mean_recent(leg)
-        found["churn_s"] = (CHURN_WEIGHT / mean) * leg.recent_tokens * compute_s
-        found["uneven_s"] = uneven(leg, mean) * ((1.0 + work) * line.s_per_token * slow)
+        badness, ahead = fit(leg, own)
+        found["fit_s"] = badness * compute_s
+        found["uneven_s"] = ahead * ((1.0 + work) * line.s_per_token * slow)
         if slo.ttft_s is not None:
             late_s = np.maximum(wait_s + compute_s - (slo.ttft_s - line.overhead_s), 0.0)
             found["late_s"] = LATE_WEIGHT * late_s
@@ -110,13 +116,20 @@ def work_weight(leg: Leg) -> float:
     return min(WORK_WEIGHT + QUEUE_WEIGHT * _mean(leg.queued_tokens) / leg.speeds.uncached_tokens, MOST_WORK_WEIGHT)
 
 
-def uneven(leg: Leg, mean: float) -> Floats:
-    """Tokens that each rank's own count as more, for its having been given more than the mean lately."""
-    excess: Floats = np.maximum(leg.recent_tokens - mean, 0.0)
-    excess *= excess
+def fit(leg: Leg, own: Floats) -> tuple[Floats, Floats]:
+    """How badly the prompt fills what each rank may be given, 0 to `FIT_WEIGHT`; and, for being beyond that, the tokens
+    that the rank's own count as more.
+    """
+    mean = max(_mean(leg.recent_tokens), 1.0)
+    room = MOST_GIVEN * mean - leg.recent_tokens
+    room -= own
+    badness = np.maximum(room, 0.0)
+    room -= badness
+    room *= room
     # While ranks have had less than a few prompts each, being one ahead says nothing.
-    excess *= UNEVEN_WEIGHT / max(mean, FEW_PROMPTS * leg.speeds.uncached_tokens)
-    return excess
+    room *= UNEVEN_WEIGHT / max(mean, FEW_PROMPTS * leg.speeds.uncached_tokens)
+    badness *= FIT_WEIGHT / (MOST_GIVEN * mean)
+    return badness, room
 
 
 def num_answer_tokens(leg: Leg) -> float:
@@ -214,10 +227,6 @@ def predict(prefill: tuple[Leg, int] | None, decode: tuple[Leg, int]) -> Predict
         groups = computing.pool.groups[at], leg.pool.groups[place]
         ttft_s += speeds.link(moved) * speeds.slow_links.get(groups, 1.0) + itl_s
     return Prediction(tokens, moved, load, ttft_s, itl_s)
-
-
-def _mean_recent(leg: Leg) -> float:
-    return max(_mean(leg.recent_tokens), 1.0)
 
 
 def _mean(values: Floats) -> float:

@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from typing import Any
 
 from backends.engine import Role
 from dynamo_ray.config import DeploymentConfig
+from dynamo_ray.routing.latency import MOST_GIVEN
 from dynamo_ray.simulator.rank import RankModel
 from dynamo_ray.simulator.replay import simulate
 from dynamo_ray.simulator.report import Report, Slo
@@ -145,15 +147,14 @@ class Evened:
     """All is known beforehand; the most work first, each to whoever was given least."""
     as_they_come: float
     """Each to whoever was given least so far."""
-    level: float
-    """At least, where whatever comes finds all ranks level."""
+    best_fit: float
+    """Each to whoever was given most and stays within `MOST_GIVEN` of the mean, else to whoever was given least."""
 
     @classmethod
     def of(cls, trace: Sequence[TraceRequest], workers: int) -> Evened:
         work, share = list(_work(trace)), sum(_work(trace)) / workers
-        before = accumulate(work, initial=0)
-        level = max(came / workers + tokens for came, tokens in zip(before, work, strict=False)) / share
-        return cls(_most(sorted(work, reverse=True), workers) / share, _most(work, workers) / share, level)
+        planned, as_they_come = (_most(order, workers) for order in (sorted(work, reverse=True), work))
+        return cls(planned / share, as_they_come / share, _best_fit(work, workers) / share)
 
 
 def _work(trace: Sequence[TraceRequest]) -> Iterator[int]:
@@ -169,6 +170,14 @@ def _most(work: Iterable[int], workers: int) -> int:
     for tokens in work:
         heapreplace(given, given[0] + tokens)
     return max(given)
+
+
+def _best_fit(work: Iterable[int], workers: int) -> int:
+    given = [0] * workers  # in order
+    for came, tokens in zip(accumulate(work), work, strict=True):
+        fitting = bisect_right(given, MOST_GIVEN * came / workers - tokens)
+        insort(given, given.pop(max(0, fitting - 1)) + tokens)
+    return given[-1]
 
 
 def table(point: Point, reports: Sequence[Report]) -> str:
@@ -269,7 +278,7 @@ def main() -> int:
         evened = Evened.of(trace_of("mooncake"), workers)
         print(
             f"{workers} ranks, whatever is cached where: load {evened.planned:.2f} planned beforehand; "
-            f"{evened.as_they_come:.2f} each prompt to the one given least; {evened.level:.2f} if kept level"
+            f"{evened.as_they_come:.2f} each prompt to the one given least; {evened.best_fit:.2f} each to where it fits best"
         )
     judged = sum(point in JUDGED for point in points)
     print(f"{judged - missed} of {judged} judged points keep every number")
