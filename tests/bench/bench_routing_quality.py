@@ -278,7 +278,7 @@ def main() -> int:
         evened = Evened.of(trace_of("mooncake"), workers)
         print(
             f"{workers} ranks, whatever is cached where: load {evened.planned:.2f} planned beforehand; "
-            f"{evened.as_they_come:.2f} each prompt to the one given least; {evened.best_fit:.2f} each to where it fits best"
+            f"{evened.as_they_come:.2f} each prompt to the one given least; {evened.best_fit:.2f} by best fit"
         )
     judged = sum(point in JUDGED for point in points)
     print(f"{judged - missed} of {judged} judged points keep every number")
