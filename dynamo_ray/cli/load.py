@@ -92,16 +92,18 @@ async def run(
     free = asyncio.Semaphore(concurrency or len(prompts))
     num_done = 0
 
-    async def one(prompt: str | list[int]) -> _Stream:
+    async def one(body: bytes) -> _Stream:
         nonlocal num_done
         async with free:
-            stream = await _stream(target, _body(target, prompt, answer_tokens))
+            stream = await _stream(target, body)
         num_done += 1
         progress(num_done)
         return stream
 
+    # All beforehand: of streams that begin together, each would wait for the encoding of those after it.
+    bodies = [_body(target, prompt, answer_tokens) for prompt in prompts]
     started_s = time.perf_counter()
-    done = await asyncio.gather(*map(one, prompts))
+    done = await asyncio.gather(*map(one, bodies))
     return _figures(done, time.perf_counter() - started_s)
 
 

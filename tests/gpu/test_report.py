@@ -10,20 +10,21 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import report
+from stacks import Row, num_gpus
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(report.num_gpus() == 0, reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(num_gpus() == 0, reason="needs an NVIDIA GPU"),
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang"),
     pytest.mark.timeout(1500),
 ]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[report.Row]:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return report.run(tmp_path_factory.mktemp("gpu"), list(report.SECTIONS))
 
 
-def test_every_row_with_a_target_holds(rows: list[report.Row]) -> None:
+def test_every_row_with_a_target_holds(rows: list[Row]) -> None:
     assert [row for row in rows if row.ok is False] == []
     assert sum(row.ok is True for row in rows) >= 10
