@@ -13,14 +13,18 @@ from dynamo_ray.routing.ranks import Holder, Ranks
 STALLED_S = 20.0
 """An engine that computes or generates shows it every few steps: by the blocks it stores and those it says it holds."""
 
+KV_AHEAD = 1.0
+"""Of what a decode rank's KV holds: requests for which it has no room yet, but may when their prompts are computed."""
+
 
 class Occupancy:
     """Arrays by column of `ranks`, beside those of `table`.
 
     A rank is busy when it has `max_requests`, running and waiting, or its worker what its limits allow; when it has
-    `max_prompt_tokens` still to compute; or, where it only decodes, when its KV blocks do not hold one more. Bookings
-    count a prefix that requests share once for each of them, so that they alone do not make a rank busy: it must have
-    said that requests wait in it, or that its blocks are held. A rank without requests is never busy.
+    `max_prompt_tokens` still to compute; or, where it only decodes, when its KV blocks do not hold one more and as many
+    tokens again wait for room. Bookings count a prefix that requests share once for each of them, so that they alone do
+    not make a rank busy: it must have said that requests wait in it, or that its blocks are held. A rank without
+    requests is never busy.
 
     Whoever computes prompts may have more of them than its KV holds: it keeps what they share until it comes to them.
     """
@@ -100,7 +104,8 @@ class Occupancy:
         """The mask of the ranks that are, for a request of that size."""
         queued, requests, kv = self._table.sent
         room = self._kv_tokens - prompt_tokens
-        busy = (queued >= self._max_prompt_tokens) | (kv > room) & (requests > 0) & (self._said_kv_tokens > room)
+        is_full = (kv > room + KV_AHEAD * self._kv_tokens) & (requests > 0) & (self._said_kv_tokens > room)
+        busy = (queued >= self._max_prompt_tokens) | is_full
         if requests.sum() >= self._fewest_requests:
             by_worker = np.bincount(self._worker, requests, len(requests))[self._worker]
             busy |= (requests >= self._max_requests) | (by_worker >= self._max_worker_requests)

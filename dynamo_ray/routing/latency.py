@@ -31,11 +31,11 @@ scheduling does best to keep some machines behind: Bartal, Fiat, Karloff, Vohra,
 scheduling problem, 1995.)"""
 FIT_WEIGHT = 0.2
 """Seconds, for each second that the prompt takes, by which a rank that was given nothing fits worse than a full one."""
-UNEVEN_WEIGHT = 2.5
+UNEVEN_WEIGHT = 10.0
 """Of what a rank's own tokens count as more for its being ahead: the excess, as often as it goes into the mean. Its
 square forgives what chance brings; but a prefix with which more than one rank's share of the work begins is computed
 on a second rank long before its holder does everything, however much computing weighs."""
-FEW_PROMPTS = 4
+FEW_PROMPTS = 16
 LOCKSTEP_TOKENS = 8192
 """Prompt tokens a rank computes in one step at most: for so many of the slowest rank's tokens the others wait too
 (SGLang's and vLLM's default chunk on large GPUs)."""

@@ -109,9 +109,9 @@ def test_a_rank_far_ahead_of_the_others_gives_its_prefix_up_to_be_computed_elsew
 
 def test_being_ahead_of_the_others_weighs_as_much_as_computing_does() -> None:
     per_token = []
-    for queued in (0, 4000):
+    for queued in (0, 40_000):
         chooser = aggregated(2)
-        chooser.table.free(chooser.table.book(Holder("w1", 1, 0), 30_000, 0))
+        chooser.table.free(chooser.table.book(Holder("w1", 1, 0), 300_000, 0))
         for worker in ("w0", "w1"):
             queue(chooser, worker, queued)
         leg = choose(chooser).decode.leg
@@ -121,8 +121,8 @@ def test_being_ahead_of_the_others_weighs_as_much_as_computing_does() -> None:
         assert latency.latency(leg, SloConfig()) == pytest.approx(sum(terms.values()))
     assert per_token[0] > 0
     # Those that are queued are among what was given lately, the same for both.
-    mean = 15_000, 19_000
-    ahead = (30_640 - latency.MOST_GIVEN * mean[0], 34_640 - latency.MOST_GIVEN * mean[1])
+    mean = 150_000, 190_000
+    ahead = (300_640 - latency.MOST_GIVEN * mean[0], 340_640 - latency.MOST_GIVEN * mean[1])
     assert per_token[1] == pytest.approx(per_token[0] * (ahead[1] / ahead[0]) ** 2 * mean[0] / mean[1], rel=0.01)
 
 

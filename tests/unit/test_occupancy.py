@@ -80,13 +80,21 @@ def test_all_ranks_of_a_full_worker_are_busy() -> None:
 def test_booked_kv_makes_a_rank_busy_only_if_it_says_so_too() -> None:
     """Requests that share a prefix hold its blocks once, and are booked with them each."""
     known = Known()
-    known.book("a", 0, 2, kv_tokens=100)
+    known.book("a", 0, 2, kv_tokens=160)
     assert known.busy() == {0}, "nothing was heard of it yet"
     known.heard("a", 0, RankLoad(0, 2, 0, 7, BLOCKS))
     assert known.busy(prompt_tokens=48) == set()
     assert known.busy(prompt_tokens=49) == {0}
     known.heard("a", 0, RankLoad(0, 1, 1, 7, BLOCKS))
     assert known.busy(prompt_tokens=1) == {0}, "requests wait in it"
+
+
+def test_as_many_tokens_as_a_decode_rank_holds_may_wait_for_room_in_it_while_their_prompts_are_computed() -> None:
+    known = Known()
+    known.book("a", 0, 2, kv_tokens=150)
+    known.heard("a", 0, RankLoad(0, 1, 1, BLOCKS, BLOCKS))
+    assert known.busy(prompt_tokens=20) == set()
+    assert known.busy(prompt_tokens=21) == {0}
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.AGGREGATED])

@@ -109,16 +109,19 @@ def test_a_full_queue_and_a_deadline_end_the_wait_with_their_own_errors() -> Non
     clock.run(main())
 
 
-def test_a_prompt_that_the_kv_of_a_decode_rank_does_not_hold_now_waits_here() -> None:
+def test_a_prompt_waits_here_for_a_decode_rank_before_which_as_much_waits_as_its_kv_holds() -> None:
     async def main() -> None:
         async with cluster(prefill=1, decode=1, kv_blocks=10, max_model_len=160, step_s=0.2) as made:
             running = send(made, asked("running", size=100))
             await asyncio.sleep(1.1)  # a heartbeat says what it holds
+            ahead = send(made, asked("ahead", size=101))
+            await asyncio.sleep(0.01)
+            assert len(made.dispatch.router.room) == 0
             waiting = send(made, asked("waiting", size=101))
             await asyncio.sleep(0.01)
             assert len(made.dispatch.router.room) == 1
-            assert made.nodes["decode-0"].server.num_requests == 1
-            assert len(await running) == len(await waiting) == 20
+            assert [made.nodes[name].server.num_requests for name in ("prefill-0", "decode-0")] == [1, 1]
+            assert [len(await each) for each in (running, ahead, waiting)] == [20] * 3
             await made.settle()
 
     clock.run(main())
