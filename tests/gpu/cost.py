@@ -29,7 +29,7 @@ WIDTHS = (64, 256)
 """Streams at once."""
 WARM_UP_ROUNDS = 4
 REPEATS = {(64, 1): 30, (64, 4): 6, (256, 1): 10, (256, 4): 2}
-"""Runs of each peer, by streams and requests a stream; one step of the engine takes 16 to 33 ms, by the moment."""
+"""Runs of each peer, by streams and requests a stream."""
 SINGLES = 10
 """Requests one at a time in each of as many runs."""
 
