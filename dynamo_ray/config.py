@@ -155,7 +155,8 @@ class QueueConfig(_Frozen):
     """Per ingress replica; one more is refused with 429."""
     busy_requests: PositiveInt | None = None
     """A rank with as many, running and waiting, is busy; so are all of a worker that has limits.max_queued_requests,
-    and a decode rank whose KV blocks do not hold one more. None: only these."""
+    and a decode rank whose KV blocks do not hold one more, and before which as many tokens as those wait already where
+    their prompts are computed meanwhile. None: only these."""
     busy_prompt_tokens: PositiveInt | None = 32_768
     """A rank that has as many uncached prompt tokens still to compute is busy. None: no bound."""
     ageing_tokens_per_s: PositiveFloat = 1000.0

@@ -49,11 +49,17 @@ def scratch() -> Iterator[Path]:
 
 
 def reserve_serve_ports() -> PortBlock:
-    """Those that `environment` needs, ours while the block lives.
+    """Those that `environment` needs, ours until the block is left.
 
     None that the kernel gives to whoever asks for any: Ray has a hundred of those before HAProxy binds its own.
+
+    Raises:
+        StartError: There are none.
     """
-    return reserve_ports("0.0.0.0", 4)
+    try:
+        return reserve_ports("0.0.0.0", 4)
+    except OSError as error:
+        raise StartError(f"Ray did not start: {error}") from error
 
 
 def environment(folder: Path, serve: PortBlock) -> dict[str, str]:
@@ -144,21 +150,21 @@ def running(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # Its warning says that a token is asked for, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    serve = reserve_serve_ports()
-    try:
-        values = environment(folder, serve)
-        if "RAY_AUTH_TOKEN" in values:
-            state.keep_ray_token(str(folder), values["RAY_AUTH_TOKEN"])
-        with variables(values), bare_nodes():
-            _start(folder)
-            _add_nodes(nodes, progress)
-        yield str(ray.get_runtime_context().gcs_address)
-    finally:
+    with reserve_serve_ports() as serve:
         try:
-            ray.shutdown()
+            values = environment(folder, serve)
+            if "RAY_AUTH_TOKEN" in values:
+                state.keep_ray_token(str(folder), values["RAY_AUTH_TOKEN"])
+            with variables(values), bare_nodes():
+                _start(folder)
+                _add_nodes(nodes, progress)
+            yield str(ray.get_runtime_context().gcs_address)
         finally:
-            # What is left of more nodes has lost its head and nothing to save; a raylet would wait ten seconds for it.
-            processes.end(str(folder), patience_s=0.0 if nodes else processes.TERMINATE_TIMEOUT_S)
+            try:
+                ray.shutdown()
+            finally:
+                # What is left of more nodes has lost its head and nothing to save; a raylet would wait ten seconds.
+                processes.end(str(folder), patience_s=0.0 if nodes else processes.TERMINATE_TIMEOUT_S)
 
 
 def _start(folder: Path) -> None:

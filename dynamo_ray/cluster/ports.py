@@ -1,10 +1,11 @@
-"""Consecutive free ports on one machine, held against other node actors for as long as their owner lives."""
+"""Consecutive free ports on one machine, held against others that ask here for as long as their owner lives."""
 
 from __future__ import annotations
 
 import random
 import socket
 from dataclasses import dataclass
+from typing import Self
 
 PORT_RANGE = range(21_000, 29_000)
 """Above Ray's worker ports (10002-19999), below Serve's (30000) and Linux's ephemeral ones (32768)."""
@@ -16,6 +17,13 @@ class PortBlock:
     ports: tuple[int, ...]
     claims: tuple[socket.socket, ...]
     """Kernel objects that say who owns each port; gone with the process."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for claim in self.claims:
+            claim.close()
 
 
 def reserve_ports(address: str, count: int) -> PortBlock:

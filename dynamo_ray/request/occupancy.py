@@ -10,21 +10,22 @@ from dynamo_ray.routing.chooser import WorkerFacts
 from dynamo_ray.routing.load import LoadTable
 from dynamo_ray.routing.ranks import Holder, Ranks
 
+KV_AHEAD = 1.0
+"""Of what a decode rank's KV holds: requests for which it has no room yet, but may when their prompts are computed. Of
+those whose engine computes no prompt before decode has room for it (`concurrent`), none: they would wait there as here,
+but in the order they came."""
 STALLED_S = 20.0
 """An engine that computes or generates shows it every few steps: by the blocks it stores and those it says it holds."""
-
-KV_AHEAD = 1.0
-"""Of what a decode rank's KV holds: requests for which it has no room yet, but may when their prompts are computed."""
 
 
 class Occupancy:
     """Arrays by column of `ranks`, beside those of `table`.
 
     A rank is busy when it has `max_requests`, running and waiting, or its worker what its limits allow; when it has
-    `max_prompt_tokens` still to compute; or, where it only decodes, when its KV blocks do not hold one more and as many
-    tokens again wait for room. Bookings count a prefix that requests share once for each of them, so that they alone do
-    not make a rank busy: it must have said that requests wait in it, or that its blocks are held. A rank without
-    requests is never busy.
+    `max_prompt_tokens` still to compute; or, where it only decodes, when its KV blocks do not hold one more, and as
+    many tokens as `KV_AHEAD` says wait for room already. Bookings count a prefix that requests share once for each of
+    them, so that they alone do not make a rank busy: it must have said that requests wait in it, or that its blocks are
+    held. A rank without requests is never busy.
 
     Whoever computes prompts may have more of them than its KV holds: it keeps what they share until it comes to them.
     """
@@ -36,6 +37,8 @@ class Occupancy:
         self._max_requests, self._max_prompt_tokens = max_requests, max_prompt_tokens
         self._kv_tokens = np.zeros(0)
         """Infinite where no bound is kept."""
+        self._most_kv_tokens = np.zeros(0)
+        """With what may wait for room."""
         self._said_kv_tokens = np.zeros(0)
         """What each last said that it holds, -inf: nothing; inf: requests wait in it, or it has said nothing yet."""
         self._worker = np.zeros(0, dtype=np.intp)
@@ -59,11 +62,14 @@ class Occupancy:
         width = self._table.values.shape[1]
         known = len(self._kv_tokens)
         self._kv_tokens = np.append(self._kv_tokens, np.full(width - known, np.inf))
+        self._most_kv_tokens = np.append(self._most_kv_tokens, np.full(width - known, np.inf))
         self._said_kv_tokens = np.append(self._said_kv_tokens, np.full(width - known, np.inf))
         self._worker = np.append(self._worker, np.arange(known, width))
         self._max_worker_requests = np.append(self._max_worker_requests, np.full(width - known, np.inf))
         columns = [column for column in map(self._ranks.column, facts.holders) if column is not None]
         self._kv_tokens[columns] = facts.kv_total_blocks * facts.block_size if facts.role is Role.DECODE else np.inf
+        ahead = 0.0 if facts.handoff == "concurrent" else KV_AHEAD
+        self._most_kv_tokens[columns] = (1.0 + ahead) * self._kv_tokens[columns]
         self._said_kv_tokens[columns] = np.inf
         self._worker[columns] = columns[0]
         worker_requests = self._limits.queued_requests(len(columns))
@@ -103,8 +109,8 @@ class Occupancy:
     def busy(self, prompt_tokens: int) -> int:
         """The mask of the ranks that are, for a request of that size."""
         queued, requests, kv = self._table.sent
-        room = self._kv_tokens - prompt_tokens
-        is_full = (kv > room + KV_AHEAD * self._kv_tokens) & (requests > 0) & (self._said_kv_tokens > room)
+        would_wait = self._said_kv_tokens > self._kv_tokens - prompt_tokens
+        is_full = (kv > self._most_kv_tokens - prompt_tokens) & (requests > 0) & would_wait
         busy = (queued >= self._max_prompt_tokens) | is_full
         if requests.sum() >= self._fewest_requests:
             by_worker = np.bincount(self._worker, requests, len(requests))[self._worker]

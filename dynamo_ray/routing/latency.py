@@ -1,9 +1,10 @@
 """The default policy: the seconds a request will take on each rank, by what ranks of its role have been seen to take.
 
-Costs are in seconds. Per (prefill or aggregated) rank: the queue ahead, the prompt's own uncached tokens, and what
-computing them costs those who come behind. Per (decode or aggregated) rank: the time between two tokens once the
-request is in, for as many tokens as answers have, and the wait for KV room. Ranks of one engine step together, so that
-each waits for the slowest of them. Prefill and decode are chosen as a pair where they depend on one another.
+Costs are in seconds. Per (prefill or aggregated) rank: the queue ahead, the prompt's own uncached tokens, what
+computing them costs those who come behind, and how far ahead of the others it would put the rank. Per (decode or
+aggregated) rank: the time between two tokens once the request is in, for as many tokens as answers have, and the wait
+for KV room. Ranks of one engine step together, so that each waits for the slowest of them. Prefill and decode are
+chosen as a pair where they depend on one another.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ UNEVEN_WEIGHT = 10.0
 """Of what a rank's own tokens count as more for its being ahead: the excess, as often as it goes into the mean. Its
 square forgives what chance brings; but a prefix with which more than one rank's share of the work begins is computed
 on a second rank long before its holder does everything, however much computing weighs."""
-FEW_PROMPTS = 16
+FEW_PROMPTS = 8
+"""While ranks have had fewer than so many each on average, being ahead says as little as it would with so many."""
 LOCKSTEP_TOKENS = 8192
 """Prompt tokens a rank computes in one step at most: for so many of the slowest rank's tokens the others wait too
 (SGLang's and vLLM's default chunk on large GPUs)."""
@@ -117,16 +119,16 @@ def work_weight(leg: Leg) -> float:
 
 
 def fit(leg: Leg, own: Floats) -> tuple[Floats, Floats]:
-    """How badly the prompt fills what each rank may be given, 0 to `FIT_WEIGHT`; and, for being beyond that, the tokens
-    that the rank's own count as more.
+    """How badly the prompt fills what each rank may be given, 0 to `FIT_WEIGHT`; and the tokens that its own count as
+    more there for going further beyond that than where it goes least beyond.
     """
     mean = max(_mean(leg.recent_tokens), 1.0)
     room = MOST_GIVEN * mean - leg.recent_tokens
     room -= own
     badness = np.maximum(room, 0.0)
     room -= badness
+    room -= room.max()
     room *= room
-    # While ranks have had less than a few prompts each, being one ahead says nothing.
     room *= UNEVEN_WEIGHT / max(mean, FEW_PROMPTS * leg.speeds.uncached_tokens)
     badness *= FIT_WEIGHT / (MOST_GIVEN * mean)
     return badness, room

@@ -152,7 +152,8 @@ class Evened:
 
     @classmethod
     def of(cls, trace: Sequence[TraceRequest], workers: int) -> Evened:
-        work, share = list(_work(trace)), sum(_work(trace)) / workers
+        work = list(_work(trace))
+        share = sum(work) / workers
         planned, as_they_come = (_most(order, workers) for order in (sorted(work, reverse=True), work))
         return cls(planned / share, as_they_come / share, _best_fit(work, workers) / share)
 

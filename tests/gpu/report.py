@@ -3,10 +3,10 @@
 python tests/gpu/report.py --out FOLDER [--sections aggregated,split,wide,ray,cost]
 python tests/gpu/report.py --out FOLDER --pretend 2 --sections aggregated,split,wide
 
-Needs one GPU (two for what its name says), SGLang, and the tokenizer that `make models` makes. Each section deploys
-with `dynamo_ray.up` on a Ray of its own and ends it again. FOLDER gets table.md, results.json and the logs.
-`--pretend` shows on a machine without a GPU that the report itself works: Ray is told of that many, and SGLang is its
-double.
+Needs one GPU (two for what its name says), for `cost` 16 cores, SGLang, and the tokenizer that `make models` makes.
+Each section deploys with `dynamo_ray.up` on a Ray of its own and ends it again. FOLDER gets table.md, results.json and
+the logs. `--pretend` shows on a machine without a GPU that the report itself works: Ray is told of that many, and
+SGLang is its double.
 """
 
 from __future__ import annotations

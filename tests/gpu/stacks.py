@@ -135,8 +135,8 @@ def ray_cluster(nodes: list[str], name: str, report: Report) -> Iterator[str]:
     """
     from dynamo_ray.cli import local_ray, processes
 
-    with local_ray.scratch() as folder:
-        port, serve = free_port(), local_ray.reserve_serve_ports()
+    with local_ray.scratch() as folder, local_ray.reserve_serve_ports() as serve:
+        port = free_port()
         base = {
             **os.environ,
             **local_ray.environment(folder, serve),

@@ -75,13 +75,19 @@ def http(method: str, url: str, body: Any = None, timeout_s: float = 30.0) -> tu
             return error.code, error.read().decode()
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """Below the ports that the kernel gives to whoever asks for any, above those of Ray, our nodes and Serve."""
+    """Below the ports that the kernel gives to whoever asks for any, above those of Ray, our nodes and Serve; another
+    each time."""
     while True:
+        port = random.randrange(31_001, 32_768)
         with socket.socket() as probe, suppress(OSError):
-            port = random.randrange(31_001, 32_768)
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def wait_until(condition: Any, timeout_s: float, what: str, every_s: float = 0.1) -> None:

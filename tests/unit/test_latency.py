@@ -75,9 +75,9 @@ def test_a_prefix_is_worth_the_queue_that_its_computing_would_take() -> None:
     store(chooser, "w1", 40)
     saved = (1 + latency.WORK_WEIGHT) * len(PROMPT)
     assert latency.work_weight(choose(chooser).decode.leg) == latency.WORK_WEIGHT
-    queue(chooser, "w1", 0.9 * saved)
+    queue(chooser, "w1", 0.7 * saved)
     assert choose(chooser).decode.holder.worker == "w1"
-    queue(chooser, "w1", 0.2 * saved)
+    queue(chooser, "w1", 0.4 * saved)
     assert choose(chooser).decode.holder.worker == "w0"
 
 
@@ -90,7 +90,7 @@ def test_under_overload_a_prefix_is_worth_more_but_never_all() -> None:
     assert latency.WORK_WEIGHT < weights[0] < weights[1] < weights[3] == latency.MOST_WORK_WEIGHT
 
 
-def test_of_idle_ranks_the_one_that_was_given_the_least_lately_takes_what_is_new() -> None:
+def test_of_idle_ranks_one_that_was_given_nothing_yet_takes_what_is_new() -> None:
     chooser = aggregated(3)
     for worker in ("w0", "w2"):
         chooser.table.free(chooser.table.book(Holder(worker, 1, 0), 1000, 0))
@@ -105,6 +105,13 @@ def test_a_rank_far_ahead_of_the_others_gives_its_prefix_up_to_be_computed_elsew
         chooser.table.free(chooser.table.book(Holder("w1", 1, 0), tokens, 0))
         taken.append(choose(chooser).decode.holder.worker == "w1")
     assert taken == [True, False]
+
+
+def test_a_prompt_longer_than_what_any_rank_may_be_given_does_not_queue_for_a_few_cached_tokens() -> None:
+    chooser = aggregated(8)
+    store(chooser, "w1", 40)
+    chooser.table.peer("another ingress", {Holder("w1", 1, 0): PeerBooked(300_000, 4, 0)})
+    assert choose(chooser, ask([*PROMPT, *range(60_000)])).decode.holder.worker != "w1"
 
 
 def test_being_ahead_of_the_others_weighs_as_much_as_computing_does() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from backends.engine import RankLoad, Role
+from backends.engine import HandoffStyle, RankLoad, Role
 from dynamo_ray.config import QUEUED_REQUESTS_PER_RANK, LimitsConfig
 from dynamo_ray.request.occupancy import STALLED_S, Occupancy
 from dynamo_ray.routing.chooser import WorkerFacts
@@ -20,8 +20,14 @@ BLOCK, BLOCKS = 16, 10
 class Known:
     """Two workers of two ranks each; columns 0 and 1 are the first one's."""
 
-    def __init__(self, role: Role = Role.DECODE, max_queued_requests: int | None = 6, max_requests: float = 4) -> None:
-        self.role = role
+    def __init__(
+        self,
+        role: Role = Role.DECODE,
+        max_queued_requests: int | None = 6,
+        max_requests: float = 4,
+        handoff: HandoffStyle = "sequential",
+    ) -> None:
+        self.role, self.handoff = role, handoff
         self.ranks = Ranks()
         self.table = LoadTable(self.ranks)
         limits = LimitsConfig(max_queued_requests=max_queued_requests)
@@ -30,7 +36,7 @@ class Known:
             self.up(name)
 
     def up(self, name: str, num_ranks: int = 2) -> None:
-        facts = WorkerFacts(name, 1, self.role, num_ranks, BLOCK, BLOCKS)
+        facts = WorkerFacts(name, 1, self.role, num_ranks, BLOCK, BLOCKS, handoff=self.handoff)
         for holder in facts.holders:
             self.ranks.add(holder)
             self.table.add_holder(holder, facts.role, BLOCK)
@@ -95,6 +101,14 @@ def test_as_many_tokens_as_a_decode_rank_holds_may_wait_for_room_in_it_while_the
     known.heard("a", 0, RankLoad(0, 1, 1, BLOCKS, BLOCKS))
     assert known.busy(prompt_tokens=20) == set()
     assert known.busy(prompt_tokens=21) == {0}
+
+
+def test_none_wait_for_room_in_a_decode_rank_whose_engine_computes_no_prompt_before_there_is_some() -> None:
+    known = Known(handoff="concurrent")
+    known.book("a", 0, 2, kv_tokens=50)
+    known.heard("a", 0, RankLoad(0, 1, 1, BLOCKS, BLOCKS))
+    assert known.busy(prompt_tokens=60) == set()
+    assert known.busy(prompt_tokens=61) == {0}
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.AGGREGATED])
