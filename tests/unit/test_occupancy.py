@@ -103,12 +103,14 @@ def test_as_many_tokens_as_a_decode_rank_holds_may_wait_for_room_in_it_while_the
     assert known.busy(prompt_tokens=21) == {0}
 
 
-def test_none_wait_for_room_in_a_decode_rank_whose_engine_computes_no_prompt_before_there_is_some() -> None:
-    known = Known(handoff="concurrent")
-    known.book("a", 0, 2, kv_tokens=50)
+@pytest.mark.parametrize(("handoff", "busy"), [("concurrent", {0}), ("sequential", set())])
+def test_none_wait_for_room_in_a_rank_whose_engine_computes_no_prompt_before_there_is_some(
+    handoff: HandoffStyle, busy: set[int]
+) -> None:
+    known = Known(handoff=handoff)
+    known.book("a", 0, 2, kv_tokens=80)
     known.heard("a", 0, RankLoad(0, 1, 1, BLOCKS, BLOCKS))
-    assert known.busy(prompt_tokens=60) == set()
-    assert known.busy(prompt_tokens=61) == {0}
+    assert known.busy() == busy
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.AGGREGATED])
