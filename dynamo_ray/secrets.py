@@ -61,6 +61,11 @@ def read_first(field: str, values: Sequence[str]) -> str | None:
     return read(f"{field}[0]", values[0]) if values else None
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that shows an API key; none without one."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
 def readable(field: str, path: str) -> Path:
     """That file. Raises ConfigError where there is none to read."""
     file = Path(path).expanduser()

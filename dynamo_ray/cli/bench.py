@@ -104,11 +104,9 @@ def _running(file: Path | None) -> str:
 
 
 def _served(url: str, api_key: str | None) -> str:
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/v1/models", headers=secrets.bearer(api_key))
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{url.rstrip('/')}/v1/models", headers=headers), timeout=TIMEOUT_S
-        ) as response:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             return str(json.loads(response.read())["data"][0]["id"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise PreflightError((Problem("--url", f"{url}/v1/models does not say what is served: {error}"),)) from error

@@ -88,10 +88,8 @@ def ask(url: str, body: dict[str, Any], config: DeploymentConfig) -> Explanation
     """Raises PreflightError where nothing answers as it should, ConfigError where it finds the request wrong."""
     from dynamo_ray.routing.explanation import Explanation
 
-    headers = {"Content-Type": "application/json"}
     key = secrets.read_first("api_keys", config.api_keys)
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
+    headers = {"Content-Type": "application/json", **secrets.bearer(key)}
     request = urllib.request.Request(f"{url.rstrip('/')}/v1/route", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:

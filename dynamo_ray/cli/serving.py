@@ -143,10 +143,8 @@ def first_token(url: str, config: DeploymentConfig) -> None:
         StartError: None came.
     """
     body = {"model": config.model.name, "prompt": "Hello", "max_tokens": 1, "stream": True}
-    headers = {"Content-Type": "application/json"}
     key = secrets.read_first("api_keys", config.api_keys)
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
+    headers = {"Content-Type": "application/json", **secrets.bearer(key)}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=120.0) as response:

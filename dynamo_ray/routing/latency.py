@@ -126,12 +126,12 @@ def fit(leg: Leg, own: Floats) -> tuple[Floats, Floats]:
     room = MOST_GIVEN * mean - leg.recent_tokens
     room -= own
     badness = np.maximum(room, 0.0)
-    room -= badness
-    room -= room.max()
-    room *= room
-    room *= UNEVEN_WEIGHT / max(mean, FEW_PROMPTS * leg.speeds.uncached_tokens)
     badness *= FIT_WEIGHT / (MOST_GIVEN * mean)
-    return badness, room
+    ahead = np.minimum(room, 0.0)
+    ahead -= ahead.max()
+    ahead *= ahead
+    ahead *= UNEVEN_WEIGHT / max(mean, FEW_PROMPTS * leg.speeds.uncached_tokens)
+    return badness, ahead
 
 
 def num_answer_tokens(leg: Leg) -> float:

@@ -53,10 +53,10 @@ class Peer:
 
 
 class Duel:
-    """Two peers, loaded by turns, and their engines on the same few cores, which they change after each turn.
+    """Two peers, loaded by turns, each one's engine on a few cores of its own, which they swap after each turn.
 
-    On a virtual machine the same step takes one core up to twice as long as another, or as itself a second later. So
-    each run has its pair right beside it, the pairs' differences count, and either peer has each core as often.
+    On a virtual machine the same step takes one core far longer than another, or than itself a second later. So each
+    run has its pair right beside it, the pairs' differences count, and either peer has each core as often.
     """
 
     def __init__(self, ours: Peer, theirs: Peer) -> None:

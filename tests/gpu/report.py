@@ -31,8 +31,6 @@ from deployments import wait_until
 from stacks import Report, Row, Stack, deployed, leave, loaded, num_gpus, prompt, role
 
 GREEDY_TOKENS = 16
-
-
 LENGTHS = (1, 63, 64, 65, 200, 512, 700, 1024)
 
 
