@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 from dynamo_ray.errors import InvalidRequest, PayloadTooLarge, RequestError
@@ -129,17 +130,22 @@ class Exchange:
         Raises:
             ClientGone: It has closed it.
         """
-        working = asyncio.ensure_future(work)
+        # Not as a task of its own, which would begin only behind all that arrived with it.
         leaving = asyncio.ensure_future(self._disconnect())
         try:
-            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ClientGone
+            async with asyncio.timeout(None) as connected:
+                end = partial(_expire, connected)
+                leaving.add_done_callback(end)
+                try:
+                    await work
+                finally:
+                    leaving.remove_done_callback(end)
+        except TimeoutError:
+            if connected.expired():
+                raise ClientGone from None
+            raise
         finally:
-            working.cancel()
             leaving.cancel()
-            await asyncio.gather(working, leaving, return_exceptions=True)
-        working.result()
 
     async def _disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -166,3 +172,7 @@ class Exchange:
     async def write(self, data: bytes, last: bool = False) -> None:
         """Returns when the server can take more."""
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
+def _expire(scope: asyncio.Timeout, _: object) -> None:
+    scope.reschedule(0.0)
