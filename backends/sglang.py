@@ -71,16 +71,19 @@ class _Inside:
     """A request that SGLang has.
 
     Until its first output it may wait where SGLang neither aborts nor loses it: for the end of a pause, or of loading
-    weights. So that step is a task that ends with it.
+    weights. So that step has a scope that ends with it.
     """
 
-    first: asyncio.Future[Any] | None = None
+    has_output: bool = False
+    first: asyncio.Timeout | None = None
+    """While it is awaited."""
     is_aborted: bool = False
     lost: str | None = None
 
     def end(self) -> None:
-        if self.first is not None:
-            self.first.cancel()
+        first, self.first = self.first, None
+        if first is not None:
+            first.reschedule(0.0)
 
 
 class SGLangEngine:
@@ -126,7 +129,7 @@ class SGLangEngine:
             return
         manager, rid = self._engine.tokenizer_manager, sglang_requests.rid_of(request_id)
         manager.abort_request(rid=rid)
-        if inside.first is not None:
+        if not inside.has_output:
             if self._version == "0.5.16" and manager.is_pause:  # no scheduler may know of it, and none then answers
                 manager.rid_to_state.pop(rid, None)
             inside.is_aborted = True
@@ -372,17 +375,20 @@ class SGLangEngine:
         local_cache, first = self._check_serving().caches_prefixes, True
         try:
             async with aclosing(self._engine.tokenizer_manager.generate_request(made, None)) as outputs:
-                inside.first = asyncio.ensure_future(anext(outputs))
+                # Not as a task of its own, which would begin only behind all that arrived with it.
                 try:
-                    output = await inside.first
-                except asyncio.CancelledError:
+                    async with asyncio.timeout(None) as inside.first:
+                        output = await anext(outputs)
+                except TimeoutError:
                     if inside.lost is not None:
                         raise EngineError(inside.lost) from None
                     if not inside.is_aborted:
                         raise
                     yield TokenChunk(request.request_id, [], "abort")
                     return
-                inside.first = None
+                finally:
+                    inside.first = None
+                inside.has_output = True
                 while True:
                     if request.leg is not Role.PREFILL:
                         yield sglang_requests.chunk(request, output, first, local_cache)

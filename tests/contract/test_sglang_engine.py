@@ -45,6 +45,7 @@ from backends.engine import (
     UpdateWeights,
     Wake,
 )
+from backends.sglang import SGLangEngine
 
 NAMES = [name for name, kind in KINDS.items() if kind.backend == "sglang" and kind.double is not None]
 POISON = 31_999
@@ -175,6 +176,17 @@ async def test_what_waits_for_the_end_of_a_pause_can_be_aborted_closed_and_stopp
         await engine.stop()
         with pytest.raises(EngineError, match="stopped"):
             await asyncio.wait_for(stopped, 1.0)
+
+
+async def test_requests_that_come_together_are_each_handed_to_sglang_at_once(name: str) -> None:
+    async with running(spec(name), name) as (engine, _):
+        assert isinstance(engine, SGLangEngine)
+        sent = engine._engine.tokenizer_manager.rid_to_state
+        made = [request(prompt(8, seed=number), greedy(1)) for number in range(3)]
+        answers = [asyncio.create_task(collect(engine, each)) for each in made]
+        await asyncio.sleep(0)
+        assert len(sent) == 3
+        assert [len((await each).tokens) for each in answers] == [1, 1, 1]
 
 
 async def test_a_pause_that_aborts_makes_way_for_weights_that_wait(name: str) -> None:
