@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-# `stacks` has put these on the path.
-import model
+import model  # first: puts the rest on the path
 import psutil
 from deployments import free_port, http, wait_until
 from stacks import ENGINE_ARGS, ISL, OSL, Report, deployed, leave, loaded, num_gpus, prompt, role
@@ -29,7 +28,7 @@ INGRESSES = 8
 WIDTHS = (64, 256)
 """Streams at once."""
 WARM_UP_ROUNDS = 4
-REPEATS = {(64, 1): 32, (64, 4): 8, (256, 1): 12, (256, 4): 4}
+REPEATS = {(64, 1): 32, (64, 4): 8, (256, 1): 20, (256, 4): 4}
 """Runs of each peer, by streams and requests a stream; fours, so that who begins and on which cores evens out."""
 SINGLES = 12
 """Requests one at a time in each of as many runs."""

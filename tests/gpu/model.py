@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
-from dynamo_ray import models
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/gpu"), str(ROOT / "tests/support")]
+
+from dynamo_ray import models  # noqa: E402
 
 NAME = "deepseek-v3-small"
 NUM_LAYERS, KV_LORA_RANK, ROPE_DIM = 8, 512, 64

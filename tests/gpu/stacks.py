@@ -16,15 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "tests/support")]
+import model  # first: puts the rest on the path
+import yaml
+from deployments import free_port, http, wait_until
+from model import ROOT
 
-import model  # noqa: E402
-import yaml  # noqa: E402
-from deployments import free_port, http, wait_until  # noqa: E402
-
-from dynamo_ray.cli import load  # noqa: E402
+from dynamo_ray.cli import load
 
 ENGINE_ARGS: dict[str, Any] = {
     "load_format": "dummy",
