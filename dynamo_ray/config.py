@@ -401,11 +401,11 @@ class DeploymentConfig(_Frozen):
         return (self.nats or NatsConfig()) if self.events == "nats" else None
 
     @property
-    def given_secrets(self) -> dict[str, str]:
-        """Every secret, by its field, as it is written here."""
+    def given_secrets(self) -> dict[tuple[str | int, ...], str]:
+        """Every secret, by its place, as it is written here."""
         nats = self.nats or NatsConfig()
-        given = {f"api_keys[{index}]": key for index, key in enumerate(self.api_keys)}
-        return given | {f"nats.{name}": value for name in ("password", "token") if (value := getattr(nats, name))}
+        given: dict[tuple[str | int, ...], str] = {("api_keys", index): key for index, key in enumerate(self.api_keys)}
+        return given | {("nats", name): value for name in ("password", "token") if (value := getattr(nats, name))}
 
     def launcher(self, role: Role) -> Launcher:
         """How that role's ranks are started."""

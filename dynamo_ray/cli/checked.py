@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dynamo_ray import config_file, secrets
-from dynamo_ray.config_file import Application, Document
+from dynamo_ray.config_file import Application, Document, dotted
 from dynamo_ray.errors import ConfigError, Problem
 
 
@@ -59,9 +59,9 @@ def check_secrets(checked: CheckedFile) -> None:
     """Raises ConfigError where a secret is not where an application of ours says that it is."""
     problems: list[Problem] = []
     for application in checked.applications:
-        for field, value in application.config.given_secrets.items():
+        for place, value in application.config.given_secrets.items():
             try:
-                secrets.read(f"applications[{application.index}].args.{field}", value)
+                secrets.read(f"applications[{application.index}].args.{dotted(place)}", value)
             except ConfigError as error:
                 problems += error.problems
     if problems:

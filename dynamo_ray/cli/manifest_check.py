@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dynamo_ray import config_file
+from dynamo_ray import config_file, secrets
 from dynamo_ray.cli.checked import check_document
 from dynamo_ray.cli.serve_schema import check as serve_problems
 from dynamo_ray.cluster.workload import worker_groups
@@ -108,12 +108,21 @@ def _inside(document: Document, place: Place, with_pods: bool) -> Iterator[Probl
     if more:
         yield document.problem(place, "holds several YAML documents; Serve reads one")
     applications, problems = check_document(inner) if config_file.IMPORT_PATH in text else ((), serve_problems(inner))
+    problems = [*problems, *(problem for application in applications for problem in _readable(inner, application))]
     for problem in problems:
         field = name if problem.field == "(file)" else f"{name}.{problem.field}"
         yield _outside(document, place, replace(problem, field=field))
     if with_pods and not problems:
         for application in applications:
             yield from _misfits(document, application)
+
+
+def _readable(document: Document, application: Application) -> Iterator[Problem]:
+    """Secrets that stand in the manifest themselves."""
+    for place, value in application.config.given_secrets.items():
+        if secrets.is_literal(value):
+            message = "stands readable in the manifest; write ${NAME}, and give all pods that variable from a Secret"
+            yield document.problem(("applications", application.index, "args", *place), message)
 
 
 def _outside(document: Document, place: Place, problem: Problem) -> Problem:

@@ -72,7 +72,7 @@ def engine(options: Options, config: DeploymentConfig, role: RoleConfig, group: 
     """One node of a worker of that role, which that many pods are one replica of."""
     on_gpus = config.accelerator != NO_ACCELERATOR
     container = _container("ray-worker", options, (config,), {"metrics": 8080})
-    container["env"] += secret_environment(options, variables(config, of="nats."))
+    container["env"] += secret_environment(options, variables(config, of="nats"))
     # KubeRay puts every worker pod of a RayService behind the Service of the ingress, so that a pod without Serve's
     # proxy must not be ready there: it stays 0/1 by design.
     container["readinessProbe"] = _probe(_PROXY_HEALTH if options.kind == "rayservice" else _RAY_HEALTH, failures=1)
@@ -94,9 +94,9 @@ def engine(options: Options, config: DeploymentConfig, role: RoleConfig, group: 
     return pod
 
 
-def variables(config: DeploymentConfig, of: str = "") -> list[str]:
-    """Those that its secrets are in, or those whose fields begin so."""
-    named = (secrets.variable(value) for field, value in config.given_secrets.items() if field.startswith(of))
+def variables(config: DeploymentConfig, of: str | None = None) -> list[str]:
+    """Those that its secrets are in, or those of one field."""
+    named = (secrets.variable(value) for place, value in config.given_secrets.items() if of in (None, place[0]))
     return [name for name in named if name is not None]
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from dynamo_ray import secrets
 from dynamo_ray.config import DeploymentConfig
-from dynamo_ray.config_file import Application
+from dynamo_ray.config_file import Application, dotted
 from dynamo_ray.errors import ConfigError, Problem
 from dynamo_ray.kubernetes import clouds, platform, pods, ray_objects, rules
 from dynamo_ray.kubernetes import options as checks
@@ -126,13 +126,13 @@ def _application_problems(options: Options, application: Application, document: 
 
 
 def _secret_problems(options: Options, config: DeploymentConfig, path: str) -> Iterator[Problem]:
-    for field, value in config.given_secrets.items():
-        variable = secrets.variable(value)
+    for place, value in config.given_secrets.items():
+        field, variable = f"{path}.{dotted(place)}", secrets.variable(value)
         if secrets.is_literal(value):
             message = "would stand readable in the manifest; write ${NAME}, and name the Secret with it by --env-secret"
-            yield Problem(f"{path}.{field}", message)
+            yield Problem(field, message)
         elif variable is not None and options.env_secret is None:
-            message = f"missing: {path}.{field} is the variable {variable}; name an existing Secret with that key"
+            message = f"missing: {field} is the variable {variable}; name an existing Secret with that key"
             yield Problem("--env-secret", message)
     if options.aiperf and config.api_keys and pods.first_key_variable(config) is None:
         yield Problem("--aiperf", f"AIPerf's pod is given an API key that is a variable; write one in {path}.api_keys")

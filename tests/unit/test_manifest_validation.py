@@ -85,6 +85,23 @@ def test_a_mistake_at_any_level_is_told_with_its_line(
     assert abs((told[0].line or 0) - line) <= near
 
 
+NATS = {"events": "nats", "nats": {"urls": ["nats://n:4222"], "token": "s3cr3t"}}
+
+
+@pytest.mark.parametrize(
+    ("args", "place"),
+    [({"api_keys": ["${API_KEY}", "hunter2"]}, "api_keys[1]"), (NATS | {"api_keys": ["${file:/key}"]}, "nats.token")],
+)
+def test_a_secret_that_stands_in_the_manifest_is_refused(tmp_path: Path, args: dict[str, Any], place: str) -> None:
+    document = yaml.safe_load(SERVICE)
+    serve = yaml.safe_load(document["spec"]["serveConfigV2"])
+    serve["applications"][0]["args"] |= args
+    document["spec"]["serveConfigV2"] = yaml.safe_dump(serve)
+    (found,) = problems(tmp_path, yaml.safe_dump(document))
+    assert found.field.endswith(f": spec.serveConfigV2.applications[0].args.{place}")
+    assert "stands readable in the manifest; write ${NAME}" in found.message
+
+
 def test_a_serve_file_in_a_folded_string_is_checked_too_at_its_key(tmp_path: Path) -> None:
     document = yaml.safe_load(SERVICE)
     document["spec"]["serveConfigV2"] = document["spec"]["serveConfigV2"].replace("moe_ep: 72", "moe_epp: 72")
