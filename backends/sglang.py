@@ -22,7 +22,7 @@ import signal
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import psutil
 
 from backends import admission, arguments, failures, sglang_args, sglang_requests
+from backends.cancel_scope import CancelScope, ScopeCancelled
 from backends.engine import (
     Command,
     EngineError,
@@ -71,19 +72,12 @@ class _Inside:
     """A request that SGLang has.
 
     Until its first output it may wait where SGLang neither aborts nor loses it: for the end of a pause, or of loading
-    weights. So that step has a scope that ends with it.
+    weights. So that step is awaited in a scope that is cancelled when the request is aborted or lost.
     """
 
+    first: CancelScope = field(default_factory=CancelScope)
     has_output: bool = False
-    first: asyncio.Timeout | None = None
-    """While it is awaited."""
-    is_aborted: bool = False
     lost: str | None = None
-
-    def end(self) -> None:
-        first, self.first = self.first, None
-        if first is not None:
-            first.reschedule(0.0)
 
 
 class SGLangEngine:
@@ -132,8 +126,7 @@ class SGLangEngine:
         if not inside.has_output:
             if self._version == "0.5.16" and manager.is_pause:  # no scheduler may know of it, and none then answers
                 manager.rid_to_state.pop(rid, None)
-            inside.is_aborted = True
-            inside.end()
+            inside.first.cancel()
 
     async def release(self, request_id: str) -> None:
         """A prefill leg that has ended here has handed its KV over; one that has not is given up."""
@@ -375,19 +368,14 @@ class SGLangEngine:
         local_cache, first = self._check_serving().caches_prefixes, True
         try:
             async with aclosing(self._engine.tokenizer_manager.generate_request(made, None)) as outputs:
-                # Not as a task of its own, which would begin only behind all that arrived with it.
                 try:
-                    async with asyncio.timeout(None) as inside.first:
+                    with inside.first:
                         output = await anext(outputs)
-                except TimeoutError:
+                except ScopeCancelled:
                     if inside.lost is not None:
                         raise EngineError(inside.lost) from None
-                    if not inside.is_aborted:
-                        raise
                     yield TokenChunk(request.request_id, [], "abort")
                     return
-                finally:
-                    inside.first = None
                 inside.has_output = True
                 while True:
                     if request.leg is not Role.PREFILL:
@@ -423,7 +411,7 @@ class SGLangEngine:
             self._over.set_result(reason)
         for inside in self._inside.values():
             inside.lost = reason
-            inside.end()
+            inside.first.cancel()
         if self._engine is None or self._engine.tokenizer_manager is None:
             return
         for state in list(self._engine.tokenizer_manager.rid_to_state.values()):

@@ -27,8 +27,8 @@ DIST_INIT, NCCL, BOOTSTRAP, HTTP, EVENTS = 0, 8, 9, 10, 16
 PAGE_SIZE = 64
 """Tokens a page where `engine_args` does not say: what MLA kernels need, and few enough events a prompt."""
 MAX_TAKEN_IN = 32
-"""Requests that a scheduler takes in between two steps, for which its whole lockstep group waits. The others of a burst
-come in while the GPU has a step to do."""
+"""Requests and commands that a scheduler takes in between two steps, while its lockstep group waits. The others of a
+burst come in while the GPU has a step to do."""
 
 OWNED: dict[str, str] = {
     "model_path": "model.path",
@@ -156,7 +156,9 @@ def environment(spec: LaunchSpec, interface: str | None = None) -> tuple[dict[st
     if spec.launcher == "ray":
         # Its scheduler actors take Ray's absolute GPU ids, which are wrong once Ray hides the other GPUs.
         must["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
-    defaults = {"HF_HUB_OFFLINE": "1", "SGLANG_SCHEDULER_MAX_RECV_PER_POLL": str(MAX_TAKEN_IN)}
+    defaults = {"HF_HUB_OFFLINE": "1"}
+    if spec.launcher == "processes":  # Ray's actors have the environment of their node
+        defaults["SGLANG_SCHEDULER_MAX_RECV_PER_POLL"] = str(MAX_TAKEN_IN)
     if interface is not None:
         defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     return must, defaults

@@ -108,8 +108,8 @@ def _inside(document: Document, place: Place, with_pods: bool) -> Iterator[Probl
     if more:
         yield document.problem(place, "holds several YAML documents; Serve reads one")
     applications, problems = check_document(inner) if config_file.IMPORT_PATH in text else ((), serve_problems(inner))
-    problems = [*problems, *(problem for application in applications for problem in _readable(inner, application))]
-    for problem in problems:
+    secret = [problem for application in applications for problem in _readable(inner, application)]
+    for problem in [*problems, *secret]:
         field = name if problem.field == "(file)" else f"{name}.{problem.field}"
         yield _outside(document, place, replace(problem, field=field))
     if with_pods and not problems:

@@ -247,11 +247,14 @@ class _Peer(asyncio.Protocol):
         self._server.left()
 
     async def _run(self, request: GenerateRequest, arrived_s: float) -> None:
-        is_first = True
+        is_first, task = True, asyncio.current_task()
+        assert task is not None
         try:
             chunks: AsyncGenerator[TokenChunk] = self._server.engine.generate(request)
             async with aclosing(chunks):
                 async for chunk in chunks:
+                    if task.cancelling():  # Python 3.11's wait_for, which SGLang 0.5.16 uses, can swallow that
+                        raise asyncio.CancelledError
                     if chunk.finish_reason == "abort" and self._server.paused is not None:
                         # The command ended it, not its client, who gets the answer from another worker.
                         raise EngineError(f"it ended unfinished: the worker {self._server.paused}")

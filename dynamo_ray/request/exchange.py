@@ -7,9 +7,9 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
-from functools import partial
 from typing import Any
 
+from backends.cancel_scope import CancelScope, ScopeCancelled
 from dynamo_ray.errors import InvalidRequest, PayloadTooLarge, RequestError
 from dynamo_ray.request.answer import error_body, error_event
 
@@ -130,20 +130,14 @@ class Exchange:
         Raises:
             ClientGone: It has closed it.
         """
-        # Not as a task of its own, which would begin only behind all that arrived with it.
         leaving = asyncio.ensure_future(self._disconnect())
+        connected = CancelScope()
+        leaving.add_done_callback(lambda _: connected.cancel())
         try:
-            async with asyncio.timeout(None) as connected:
-                end = partial(_expire, connected)
-                leaving.add_done_callback(end)
-                try:
-                    await work
-                finally:
-                    leaving.remove_done_callback(end)
-        except TimeoutError:
-            if connected.expired():
-                raise ClientGone from None
-            raise
+            with connected:
+                await work
+        except ScopeCancelled:
+            raise ClientGone from None
         finally:
             leaving.cancel()
 
@@ -172,7 +166,3 @@ class Exchange:
     async def write(self, data: bytes, last: bool = False) -> None:
         """Returns when the server can take more."""
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
-
-
-def _expire(scope: asyncio.Timeout, _: object) -> None:
-    scope.reschedule(0.0)

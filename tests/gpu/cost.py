@@ -55,7 +55,7 @@ class Duel:
     """Two peers, loaded by turns, each one's engine on a few cores of its own, which they swap after each turn.
 
     On a virtual machine the same step takes one core far longer than another, or than itself a minute later. So two
-    turns count together: within a few seconds either peer has run on the cores of both.
+    turns count together, in which either peer has run on the cores of both.
     """
 
     def __init__(self, ours: Peer, theirs: Peer) -> None:
@@ -78,7 +78,8 @@ class Duel:
 def cost(report: Report) -> None:
     """One GPU each, or one for both: our stack and SGLang's own server, both up and warm, loaded by turns.
 
-    The server's engine publishes KV events too, and its heap is frozen as ours is: what differs is the stack.
+    The server's engine publishes KV events too, and its heap is frozen as ours is: what differs is the stack, which has
+    its engine take in few requests between two steps.
     """
     num_cores = len(os.sched_getaffinity(0))
     assert num_cores >= 16, f"{num_cores} cores; two engines and their clients need 16"

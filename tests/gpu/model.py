@@ -1,5 +1,7 @@
 """The model of the GPU tests: DeepSeek-V3's architecture (MLA and MoE) made small, with weights that the engine makes
-up from a fixed seed (`load_format: dummy`), and SmolLM2's tokenizer, whose vocabulary it has."""
+up from a fixed seed (`load_format: dummy`), and SmolLM2's tokenizer, whose vocabulary it has.
+
+Importing it lets the others here find the project where it is not installed."""
 
 from __future__ import annotations
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
 import pytest
 
-from backends.engine import EngineInfo, GenerateRequest, KVEventSource, LaunchSpec, RankLoad, Role, Sampling
+from backends.engine import (
+    EngineInfo,
+    GenerateRequest,
+    KVEventSource,
+    LaunchSpec,
+    RankLoad,
+    Role,
+    Sampling,
+    TokenChunk,
+)
 from backends.simulated import SimulatedEngine
 from dynamo_ray.cluster.worker import WorkerServer
 from dynamo_ray.request import wire
@@ -151,6 +160,33 @@ def test_leaving_a_stream_frees_its_kv_within_a_step() -> None:
             stream.close()
             await asyncio.sleep(0.02)
             assert engine.load() == (RankLoad(0, 0, 0, 0, 8192),)
+            assert server.num_requests == 0
+
+    clock.run(main())
+
+
+def test_leaving_ends_a_request_whose_engine_swallows_the_cancelling() -> None:
+    async def main() -> None:
+        async with worker() as (server, engine, ingress):
+            assert server.info is not None
+            closed = asyncio.Event()
+
+            async def generate(leg: GenerateRequest) -> AsyncGenerator[TokenChunk]:
+                try:
+                    for token in range(leg.sampling.max_tokens):
+                        with suppress(asyncio.CancelledError):
+                            await asyncio.sleep(0.02)
+                        yield TokenChunk(leg.request_id, [token])
+                finally:
+                    closed.set()
+
+            engine.generate = generate  # type: ignore[method-assign]
+            stream = (await ingress.connect(server.info)).submit(request(max_tokens=1000))
+            await stream.next()
+            stream.close()
+            async with asyncio.timeout(0.1):
+                await closed.wait()
+            await asyncio.sleep(0.01)
             assert server.num_requests == 0
 
     clock.run(main())

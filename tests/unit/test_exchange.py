@@ -86,13 +86,20 @@ async def test_a_deadline_of_the_work_s_own_is_not_a_client_that_has_left() -> N
 
 
 async def test_work_that_is_done_has_ended_well_though_its_client_leaves_in_the_same_moment() -> None:
-    client, ended = Client(), list[str]()
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    for client_first in (True, False):
+        client, done, ended = Client(), asyncio.Event(), list[str]()
 
-    async def work() -> None:
-        await asyncio.sleep(0)
-        client.leave()
-        ended.append("answered")
+        async def work(done: asyncio.Event = done, ended: list[str] = ended) -> None:
+            await done.wait()
+            ended.append("answered")
 
-    await client.wait_for(work())
+        waiting = asyncio.create_task(client.wait_for(work()))
+        await asyncio.sleep(0.01)
+        for happen in (client.leave, done.set) if client_first else (done.set, client.leave):
+            happen()
+        await waiting
+        assert ended == ["answered"]
     await asyncio.sleep(0.01)
-    assert ended == ["answered"]
+    assert errors == []

@@ -97,7 +97,9 @@ def test_a_secret_that_stands_in_the_manifest_is_refused(tmp_path: Path, args: d
     serve = yaml.safe_load(document["spec"]["serveConfigV2"])
     serve["applications"][0]["args"] |= args
     document["spec"]["serveConfigV2"] = yaml.safe_dump(serve)
-    (found,) = problems(tmp_path, yaml.safe_dump(document))
+    text = yaml.safe_dump(document)
+    (found,) = problems(tmp_path, text)
+    assert found.line == next(n for n, line in enumerate(text.splitlines(), 1) if "serveConfigV2" in line)
     assert found.field.endswith(f": spec.serveConfigV2.applications[0].args.{place}")
     assert "stands readable in the manifest; write ${NAME}" in found.message
 

@@ -146,6 +146,7 @@ def test_the_node_s_address_is_what_sglang_tells_others() -> None:
     assert must["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] == "0"
     assert defaults["NCCL_SOCKET_IFNAME"] == "eth0"
     assert int(defaults["SGLANG_SCHEDULER_MAX_RECV_PER_POLL"]) > 0
+    assert "SGLANG_SCHEDULER_MAX_RECV_PER_POLL" not in environment(spec(launcher="ray"))[1]
     assert "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES" in environment(spec(launcher="ray"))[0]
 
 
