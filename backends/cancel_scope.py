@@ -11,7 +11,8 @@ class ScopeCancelled(Exception):
 
 
 class CancelScope:
-    """`with scope:` around awaits of one task; `cancel` ends them, and the block raises ScopeCancelled.
+    """`with scope:` around awaits of one task, one block after another; `cancel` ends them, and the block raises
+    ScopeCancelled.
 
     A task that is itself cancelled meanwhile raises CancelledError. Before and after the block `cancel` does nothing.
     It costs no task: work that were one would begin only behind all that arrived with it.
@@ -25,7 +26,7 @@ class CancelScope:
     def __enter__(self) -> CancelScope:
         self._task = asyncio.current_task()
         assert self._task is not None, "a scope is of a task"
-        self._num_cancels = self._task.cancelling()
+        self._num_cancels, self._cancelled = self._task.cancelling(), False
         return self
 
     def cancel(self) -> None:

@@ -14,12 +14,13 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from backends import admission, arguments, failures, trtllm_args, trtllm_objects, trtllm_ray, trtllm_requests
+from backends.cancel_scope import CancelScope, ScopeCancelled
 from backends.engine import (
     Command,
     EngineError,
@@ -62,7 +63,8 @@ class _Inside:
     rank: int
     output: Any
     """Its RequestOutput: an asynchronous iterator of itself, a step each."""
-    step: asyncio.Future[Any] | None = None
+    step: CancelScope = field(default_factory=CancelScope)
+    """Around each, which ends when the request is lost."""
     num_tokens: int = 0
     lost: str | None = None
 
@@ -385,12 +387,8 @@ class TensorRTLLMEngine:
         """Wait for its next output; ends with what `_lose_all` says when there will be none."""
         if inside.lost is not None:  # while nobody waited for it
             raise EngineError(inside.lost)
-        inside.step = asyncio.ensure_future(anext(inside.output))
-        try:
-            await inside.step
-        except asyncio.CancelledError:
-            if inside.lost is None:
-                raise
+        with contextlib.suppress(ScopeCancelled), inside.step:
+            await anext(inside.output)
         if inside.lost is not None:
             raise EngineError(inside.lost)
 
@@ -430,8 +428,7 @@ class TensorRTLLMEngine:
     def _lose_all(self, reason: str) -> None:
         for inside in self._inside.values():
             inside.lost = reason
-            if inside.step is not None:
-                inside.step.cancel()
+            inside.step.cancel()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

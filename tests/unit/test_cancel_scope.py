@@ -42,6 +42,14 @@ async def test_it_ends_before_what_was_awaited_can_go_on() -> None:
     assert reached == []
 
 
+async def test_one_block_after_another_can_be_ended() -> None:
+    scope = CancelScope()
+    for _ in range(2):
+        asyncio.get_running_loop().call_soon(scope.cancel)
+        with pytest.raises(ScopeCancelled):
+            await hold(scope, [])
+
+
 async def test_beside_its_block_and_twice_it_does_nothing() -> None:
     scope = CancelScope()
     scope.cancel()
