@@ -144,3 +144,12 @@ async def collect(made: Cluster, request: Generation) -> list[int]:
         async for chunk in chunks:
             tokens += chunk.token_ids
     return tokens
+
+
+def asked(request_id: str, priority: int = 0, deadline_s: float | None = None, size: int = 100) -> Generation:
+    sampling = Sampling(max_tokens=20, temperature=0.0)
+    return Generation(request_id, list(range(size)), sampling, priority=priority, deadline_s=deadline_s)
+
+
+def send(made: Cluster, request: Generation) -> asyncio.Task[list[int]]:
+    return asyncio.create_task(collect(made, request))
