@@ -64,7 +64,7 @@ class _Inside:
     output: Any
     """Its RequestOutput: an asynchronous iterator of itself, a step each."""
     step: CancelScope = field(default_factory=CancelScope)
-    """Around each, which ends when the request is lost."""
+    """In which each is awaited; cancelled when the request is lost."""
     num_tokens: int = 0
     lost: str | None = None
 

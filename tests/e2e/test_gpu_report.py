@@ -37,7 +37,7 @@ def test_workers_of_every_shape_and_both_launchers_pass_on_a_double(tmp_path: Pa
     }
 
 
-def test_two_peers_are_loaded_by_turns_on_each_other_s_cores_and_judged_by_their_pairs(
+def test_two_peers_are_loaded_by_turns_on_each_other_s_cores_and_judged_by_two_turns_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests/gpu"))
